@@ -1,0 +1,1 @@
+"""One file per family of kernels: its candidates and its launchers."""
