@@ -104,6 +104,22 @@ class Linear(Node):
 
 
 @dataclass(eq=False, kw_only=True)
+class Normalize(Node):
+    """(x / 255 - mean) / std of uint8 images; mean and std have one entry a channel."""
+
+    x: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def inputs(self):
+        return (self.x,)
+
+    def renamed(self, names):
+        return replace(self, x=names.get(self.x, self.x))
+
+
+@dataclass(eq=False, kw_only=True)
 class Opaque(Node):
     """Any module or function that no kernel knows: it is called as it is, with `Ref`s replaced by values."""
 

@@ -1,0 +1,127 @@
+"""The candidate protocol and registry. Every kernel of the library is a candidate; adding one changes no other file.
+
+A backend module under fastres/backends/ subclasses `Candidate`, and calls `register` on its instances at import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fastres.graph.fold import LayerParameters
+from fastres.plan.pattern import Pattern
+from fastres.plan.problem import Problem, Target
+
+# A bound kernel call. Writing candidates: `launch()` computes from and into the buffers given to `bind`.
+# Allocating candidates: `launch(*inputs)` takes tensors in the order of `problem.inputs` and returns one tensor, or a
+# tuple in the order of `problem.outputs`.
+# A launch may carry an attribute `join`, a function; consecutive launches with the same `join` are replaced by what
+# `join([launch, …])` returns: one callable that performs them all (one C++ call for a run of CUDA kernels).
+Launch = Callable[..., Any]
+
+
+@dataclass
+class Buffers:
+    """The memory of one kernel call, resolved.
+
+    Attributes:
+        tensors: input name ("conv.x", "expand.residual") or output role ("conv") → tensor. Activations are logical
+            [N, C, H, W] in channels_last strides, dense, 16-byte aligned; [N, C] after a flat pool.
+        counters: int32, as many as `Candidate.counters` asked for, zero at the start of every run; or None.
+        workspace: uint8, as many bytes as `Candidate.workspace` asked for, content undefined, 256-byte aligned; or None.
+        donated: names of inputs that nobody reads after this call: a launch may write its result over them.
+    """
+
+    tensors: dict[str, Tensor]
+    counters: Tensor | None = None
+    workspace: Tensor | None = None
+    donated: frozenset[str] = frozenset()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def get(self, name: str) -> Tensor | None:
+        return self.tensors.get(name)
+
+
+class Candidate:
+    """One way to compute one pattern. Subclasses set the class attributes and override what they need.
+
+    Attributes:
+        name: "backend.kernel", unique, e.g. "triton.conv_bn_act": the kernel's file under kernels/ bears the last part.
+        backend: the family it belongs to: "reference", "onednn", "cpu", "cudnn", "triton", "hopper", "cuda".
+        pattern: what it covers.
+        source: the file that holds its device code, or the PyTorch call that it makes; shown in reports.
+        allocates: its launches return fresh tensors instead of writing into given buffers.
+    """
+
+    name: str = ""
+    backend: str = ""
+    pattern: Pattern
+    source: str = ""
+    allocates: bool = False
+
+    def accepts(self, problem: Problem, target: Target) -> str | None:
+        """None if it can compute `problem` on `target`, else the reason why not, as a phrase."""
+        raise NotImplementedError
+
+    def configs(self, problem: Problem, target: Target) -> Sequence[Any]:
+        """Configurations worth trying, the heuristic's choice first: frozen dataclasses with `to_dict`-able fields
+        (ints, bools, strings), or `(None,)` where there is nothing to choose."""
+        return (None,)
+
+    def estimate_ms(self, problem: Problem, target: Target) -> float:
+        """A guess of the time where no table has one: floor / efficiency. It only has to rank candidates."""
+        floor = target.floor_ms(problem)
+        return (1e-6 * problem.flops + 1e-4 * problem.bytes) / 1e3 if floor is None else floor
+
+    def counters(self, problem: Problem, config: Any) -> int:
+        """How many int32 counters a launch needs, zeroed at the start of every run."""
+        return 0
+
+    def workspace(self, problem: Problem, config: Any) -> int:
+        """How many bytes of scratch memory a launch needs."""
+        return 0
+
+    def prepare(self, problem: Problem, config: Any, parameters: Mapping[str, LayerParameters]) -> Any:
+        """Constants (tensors on the parameters' device) from the layers' parameters, by role. Called again when any of
+        them has changed. The result is shared by every problem for which `prepare_key` is equal."""
+        return None
+
+    def prepare_key(self, problem: Problem, config: Any) -> Any:
+        """What of (problem, config) the constants depend on; the batch and image size normally do not."""
+        return (problem.dtype,)
+
+    def bind(self, problem: Problem, config: Any, buffers: Buffers, constants: Any) -> Launch:
+        """Everything resolved (pointers, descriptors, grid) into a callable. It runs on the current stream."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+@dataclass
+class Registry:
+    candidates: dict[str, Candidate] = field(default_factory=dict)
+
+    def register(self, candidate: Candidate) -> Candidate:
+        if candidate.name in self.candidates:
+            raise ValueError(f"candidate {candidate.name!r} is registered already")
+        self.candidates[candidate.name] = candidate
+        return candidate
+
+    def patterns(self) -> list[Pattern]:
+        return list(dict.fromkeys(candidate.pattern for candidate in self.candidates.values()))
+
+    def for_pattern(self, pattern: Pattern) -> list[Candidate]:
+        return [c for c in self.candidates.values() if c.pattern == pattern]
+
+    def __getitem__(self, name: str) -> Candidate:
+        return self.candidates[name]
+
+
+REGISTRY = Registry()
+register = REGISTRY.register
