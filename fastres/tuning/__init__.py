@@ -1,0 +1,1 @@
+"""Configurations of kernels, tables of measured times, and the command that measures them."""
