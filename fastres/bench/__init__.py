@@ -1,0 +1,1 @@
+"""Measuring and verifying, shared by `fastres bench`, `fastres tune` and benchmarks/."""
