@@ -121,12 +121,16 @@ class Normalize(Node):
 
 @dataclass(eq=False, kw_only=True)
 class Opaque(Node):
-    """Any module or function that no kernel knows: it is called as it is, with `Ref`s replaced by values."""
+    """Any module or function that no kernel knows: it is called as it is, with `Ref`s replaced by values.
+
+    `in_place`: the call changes its first argument.
+    """
 
     call: Callable[..., Any]
     args: tuple = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
+    in_place: bool = False
 
     @property
     def inputs(self):
