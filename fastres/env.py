@@ -1,0 +1,67 @@
+"""Every environment variable that fastres reads, in one place.
+
+They are read when asked for, never at import: a test or a launcher may set them late. A value that cannot be
+understood raises a ValueError naming the variable, what it holds and what it takes.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+VARIABLES = {
+    "FASTRES_CACHE": "folder for compiled libraries and tuned tables (default: $XDG_CACHE_HOME/fastres)",
+    "FASTRES_BACKENDS": "comma-separated backends that automatic choice may use (default: all)",
+    "FASTRES_LOG": "level of the `fastres` logger: debug, info, warning, error (default: warning)",
+    "FASTRES_BUILD": "0: never run a compiler, use prebuilt or cached libraries only (default: 1)",
+    "FASTRES_CUDA_ARCH": "architectures to build CUDA kernels for, as in '8.0 9.0a' (default: the GPUs here)",
+    "FASTRES_TRITON36": "tests only: folder that holds Triton 3.6, for the compile gate on two versions",
+}
+
+_LEVELS = ("debug", "info", "warning", "error")
+
+
+def _read(name: str) -> str | None:
+    """The value without blanks around it; None if unset or empty."""
+    return os.environ.get(name, "").strip() or None
+
+
+def cache_dir() -> Path:
+    """Folder for what fastres keeps between runs. It is not made here: whoever writes makes it."""
+    if value := _read("FASTRES_CACHE"):
+        return Path(value).expanduser()
+    # The XDG specification says that a relative path is to be ignored.
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (xdg if xdg.is_absolute() else Path(os.path.expanduser("~")) / ".cache") / "fastres"
+
+
+def backends() -> tuple[str, ...] | None:
+    """Names of the backends that automatic choice may use; None: all of them."""
+    value = _read("FASTRES_BACKENDS")
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if value else None
+
+
+def log_level() -> int:
+    """Level for the `fastres` logger, as a number of the logging module."""
+    value = _read("FASTRES_LOG") or "warning"
+    if value.lower() not in _LEVELS:
+        raise ValueError(f"FASTRES_LOG is {value!r}, it takes one of {', '.join(_LEVELS)}")
+    return getattr(logging, value.upper())
+
+
+def may_build() -> bool:
+    """Whether a missing native library may be compiled now."""
+    value = _read("FASTRES_BUILD") or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"FASTRES_BUILD is {value!r}, it takes 0 or 1")
+    return value == "1"
+
+
+def cuda_arch() -> tuple[str, ...]:
+    """CUDA architectures to build for, such as ('8.0', '9.0a'); empty: those of the GPUs here."""
+    return tuple((_read("FASTRES_CUDA_ARCH") or "").replace(",", " ").replace(";", " ").split())
+
+
+def triton36() -> Path | None:
+    """Folder that holds Triton 3.6 for the compile gate; None: that gate is skipped."""
+    value = _read("FASTRES_TRITON36")
+    return Path(value) if value else None

@@ -1,0 +1,231 @@
+// Gradients of act(xhat * weight + bias + residual), xhat = (x - mean) * invstd, in two passes: the sums over a
+// channel, then dx. dz = grad * act'(z); for ReLU its mask comes from `out` if that is given.
+#include "activation.h"
+#include "channels.h"
+#include "reduce.h"
+
+namespace fastres {
+namespace {
+
+constexpr int64_t kReluFromOut = kActivations;
+
+template <class T>
+struct Inputs {
+  const T *grad, *x, *residual, *out;
+  int64_t act;
+  Acc<T> param;
+
+  template <int64_t kAct, class Lanes>
+  Vec<Acc<T>> dz(int64_t i, Lanes lanes, Vec<Acc<T>> value, Vec<Acc<T>> scale, Vec<Acc<T>> shift) const {
+    using V = Vec<Acc<T>>;
+    const V g = lanes.load(grad + i);
+    if constexpr (kAct == kIdentity) return g;
+    if constexpr (kAct == kReluFromOut) return lanes.load(out + i) <= 0 ? V{} : g;
+    V z = value * scale + shift;
+    if (residual) z += lanes.load(residual + i);
+    return activate_backward<kAct, Acc<T>>(g, z, act, param);
+  }
+};
+
+// What both passes take, checked.
+struct Arguments {
+  Dense d;
+  const Tensor &grad, &x;
+  const Optional &residual, &out;
+  const Tensor &mean, &invstd;
+  const Optional &weight, &bias;
+  int64_t act;
+  double param;
+
+  void check() {
+    d = dense(grad, "grad");
+    check_like(x, grad, d, "x");
+    check_like(residual, grad, d, "residual");
+    check_like(out, grad, d, "out");
+    check_channels(mean, d, "mean");
+    check_channels(invstd, d, "invstd");
+    check_channels(weight, d, "weight");
+    check_channels(bias, d, "bias");
+    FASTRES_CHECK(act >= 0 && act < kActivations, "act is ", act, ", it takes 0 to ", kActivations - 1);
+  }
+
+  template <class T>
+  Inputs<T> inputs() const {
+    return {data<T>(grad), data<T>(x), data<T>(residual), data<T>(out), act, static_cast<Acc<T>>(param)};
+  }
+
+  // z = x * scale + shift
+  template <class A>
+  A scale(int64_t c) const {
+    return (weight ? data<A>(weight)[c] : A{1}) * data<A>(invstd)[c];
+  }
+  template <class A>
+  A shift(int64_t c) const {
+    return (bias ? data<A>(bias)[c] : A{0}) - data<A>(mean)[c] * scale<A>(c);
+  }
+
+  template <class F>
+  void dispatch_act(const F& f) const {
+    if (act == kRelu && out) return f(std::integral_constant<int64_t, kReluFromOut>{});
+    if (act == kIdentity) return f(std::integral_constant<int64_t, kIdentity>{});
+    f(std::integral_constant<int64_t, kAny>{});
+  }
+};
+
+struct Sums {
+  double dy = 0, dy_x = 0;
+};
+
+template <class T, int64_t kAct>
+void reduce_rows(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc<T>, 3>& table, Sums* total) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int W = kLanes<A>;
+  const int64_t channels = a.d.c, rows = a.d.rows();
+  const Chunks chunks = chunks_of(a.d, 3 * sizeof(T));
+  auto partial = std::make_unique<Sums[]>(chunks.count * channels);
+  const int64_t grain = std::max<int64_t>(1, kGrain / (chunks.rows * channels));
+  parallel_for(0, chunks.count, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t first = chunk * chunks.rows, stop = std::min(rows, first + chunks.rows);
+      for (int64_t row = first; row < stop; row += chunks.tile) {
+        const int64_t tile_stop = std::min(row + chunks.tile, stop);
+        for_channel_blocks<A>(channels, [&](auto width, int64_t c, auto lanes) {
+          constexpr int U = width();
+          V mean[U], scale[U], shift[U], dy[U] = {}, dy_x[U] = {};
+          for (int u = 0; u < U; ++u) {
+            mean[u] = load(table[0] + c + u * W);
+            scale[u] = load(table[1] + c + u * W);
+            shift[u] = load(table[2] + c + u * W);
+          }
+          for (int64_t r = row; r < tile_stop; ++r)
+            for (int u = 0; u < U; ++u) {
+              const int64_t i = r * channels + c + u * W;
+              const V value = lanes.load(in.x + i);
+              const V dz = in.template dz<kAct>(i, lanes, value, scale[u], shift[u]);
+              dy[u] += dz;
+              dy_x[u] += dz * (value - mean[u]);
+            }
+          Sums* to = partial.get() + chunk * channels + c;
+          const int64_t valid = std::min<int64_t>(U * W, channels - c);
+          for (int64_t i = 0; i < valid; ++i) {
+            to[i].dy += dy[i / W][i % W];
+            to[i].dy_x += dy_x[i / W][i % W];
+          }
+        });
+      }
+    }
+  });
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
+    for (int64_t c = 0; c < channels; ++c) {
+      total[c].dy += partial[chunk * channels + c].dy;
+      total[c].dy_x += partial[chunk * channels + c].dy_x;
+    }
+}
+
+template <class T, int64_t kAct>
+void reduce_planes(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc<T>, 3>& table, Sums* total) {
+  using A = Acc<T>;
+  using V = Vec<A>;
+  constexpr int64_t W = kLanes<A>, kTile = 1024;
+  const Dense& d = a.d;
+  parallel_for(0, d.c, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, d.rows())), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      const V mean = splat(table[0][c]), scale = splat(table[1][c]), shift = splat(table[2][c]);
+      for (int64_t n = 0; n < d.n; ++n) {
+        const int64_t plane = (n * d.c + c) * d.s;
+        for (int64_t tile = 0; tile < d.s; tile += kTile) {
+          V dy[2] = {}, dy_x[2] = {};
+          const int64_t stop = plane + std::min(tile + kTile, d.s);
+          int64_t i = plane + tile;
+          for (; i + W <= stop; i += W) {
+            const V value = load(in.x + i);
+            const V dz = in.template dz<kAct>(i, Full{}, value, scale, shift);
+            dy[i / W % 2] += dz;
+            dy_x[i / W % 2] += dz * (value - mean);
+          }
+          if (i < stop) {
+            const Tail lanes{static_cast<int>(stop - i)};
+            const V value = lanes.load(in.x + i);
+            const V dz = in.template dz<kAct>(i, lanes, value, scale, shift);
+            dy[0] += keep<A>(dz, lanes);
+            dy_x[0] += keep<A>(dz * (value - mean), lanes);
+          }
+          total[c].dy += sum<A>(dy[0] + dy[1]);
+          total[c].dy_x += sum<A>(dy_x[0] + dy_x[1]);
+        }
+      }
+    }
+  });
+}
+
+void bn_act_backward_reduce(const Tensor& grad, const Tensor& x, const Optional& residual, const Optional& out,
+                            const Tensor& mean, const Tensor& invstd, const Optional& weight, const Optional& bias,
+                            int64_t act, double act_param, const Tensor& sum_dy, const Tensor& sum_dy_xhat) {
+  Arguments a{{}, grad, x, residual, out, mean, invstd, weight, bias, act, act_param};
+  a.check();
+  check_channels(sum_dy, a.d, "sum_dy");
+  check_channels(sum_dy_xhat, a.d, "sum_dy_xhat");
+  if (a.d.c == 0) return;
+  dispatch(a.d.type, [&](auto t) {
+    using T = decltype(t);
+    using A = Acc<T>;
+    ChannelTable<A, 3> table(a.d);
+    for (int64_t c = 0; c < a.d.c; ++c)
+      table.set(c, {data<A>(mean)[c], a.scale<A>(c), a.shift<A>(c)});
+    auto total = std::make_unique<Sums[]>(a.d.c);
+    a.dispatch_act([&](auto code) {
+      (a.d.nhwc ? reduce_rows<T, code()> : reduce_planes<T, code()>)(a, a.inputs<T>(), table, total.get());
+    });
+    for (int64_t c = 0; c < a.d.c; ++c) {
+      mutable_data<A>(sum_dy)[c] = static_cast<A>(total[c].dy);
+      mutable_data<A>(sum_dy_xhat)[c] = static_cast<A>(total[c].dy_x * data<A>(invstd)[c]);
+    }
+  });
+}
+
+// dx = scale * (dz - mean_dy - xhat * mean_dy_xhat); without means (statistics that are constants) scale * dz.
+void bn_act_backward(const Tensor& grad, const Tensor& x, const Optional& residual, const Optional& out,
+                     const Tensor& mean, const Tensor& invstd, const Optional& weight, const Optional& bias,
+                     int64_t act, double act_param, const Optional& mean_dy, const Optional& mean_dy_xhat,
+                     const Tensor& grad_x, const Optional& grad_residual) {
+  Arguments a{{}, grad, x, residual, out, mean, invstd, weight, bias, act, act_param};
+  a.check();
+  check_channels(mean_dy, a.d, "mean_dy");
+  check_channels(mean_dy_xhat, a.d, "mean_dy_xhat");
+  check_like(grad_x, grad, a.d, "grad_x");
+  check_like(grad_residual, grad, a.d, "grad_residual");
+  FASTRES_CHECK(mean_dy.has_value() == mean_dy_xhat.has_value(), "mean_dy and mean_dy_xhat go together, one is None");
+  dispatch(a.d.type, [&](auto t) {
+    using T = decltype(t);
+    using A = Acc<T>;
+    ChannelTable<A, 5> table(a.d);
+    for (int64_t c = 0; c < a.d.c; ++c) {
+      const A scale = a.scale<A>(c);
+      const A dy = mean_dy ? data<A>(mean_dy)[c] : A{0};
+      const A dy_xhat = mean_dy ? data<A>(mean_dy_xhat)[c] * data<A>(invstd)[c] : A{0};
+      table.set(c, {data<A>(mean)[c], scale, a.shift<A>(c), dy, dy_xhat});
+    }
+    const Inputs<T> in = a.inputs<T>();
+    T *gx = mutable_data<T>(grad_x), *gr = mutable_data<T>(grad_residual);
+    const bool centred = mean_dy.has_value();
+    a.dispatch_act([&](auto code) {
+      map_channels<T>(a.d, table, [=](int64_t i, const auto& k, auto lanes) {
+        Vec<A> value = {};
+        if (centred || (code() != kIdentity && code() != kReluFromOut)) value = lanes.load(in.x + i);
+        const Vec<A> dz = in.template dz<code()>(i, lanes, value, k[1], k[2]);
+        if (gr) lanes.store(gr + i, dz);
+        lanes.store(gx + i, centred ? k[1] * ((dz - k[3]) - (value - k[0]) * k[4]) : k[1] * dz);
+      });
+    });
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastres_cpu, CPU, m) {
+  m.impl("bn_act_backward_reduce", TORCH_BOX(&bn_act_backward_reduce));
+  m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward));
+}
+
+}  // namespace fastres
