@@ -1,9 +1,9 @@
-"""Timing: time-based warm-up, competitors interleaved round by round, medians with p20 and p80, paired ratios.
+"""Timing: time-based warm-up, competitors interleaved round by round, median, p20, p80, paired ratios.
 
 Two clocks. `time_interleaved` times whole calls as a user makes them, host time included, on CPU
 (`perf_counter`) or CUDA (events around back-to-back calls). `time_gpu` times kernels alone: the launches are
-captured into one CUDA graph, each on its own buffers, so that the host costs nothing and, with enough buffers,
-no input sits in the L2.
+captured into one CUDA graph, each on its own buffers, so that the host costs nothing and, with enough
+buffers, no input sits in the L2.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _MAX_REPEATS = 1000
 class Timing:
     """Times of one call in milliseconds: median, 20th and 80th percentile, number of samples.
 
-    `samples` holds them in the order of the rounds; samples of competitors at one index were taken in the same
-    round.
+    `samples` holds them in the order of the rounds; samples of competitors at one index were taken in
+    the same round.
     """
 
     median: float
