@@ -1,0 +1,80 @@
+"""The `fastres` namespace of PyTorch operators, and the one way in which an op enters it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import _C
+
+LIB = torch.library.Library("fastres", "FRAGMENT")
+_DEVICES = ("CPU", "CUDA")
+
+
+def register(
+    schema: str,
+    impl: Callable,
+    fake: Callable,
+    *,
+    autograd: Callable | None = None,
+    autocast: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Define `fastres::<schema>` and give it everything that PyTorch may ask of it.
+
+    Args:
+        schema: name, arguments (all positional, none with a default) and results.
+        impl: computes on real tensors, CPU and CUDA alike; it chooses the backend.
+        fake: shapes, dtypes and strides of the results, for tracing.
+        autograd: `(below, *args)`, called when a gradient is wanted; `below(*args)` is the op without
+            autograd.
+        autocast: `(dtype, *args) -> args` under `torch.autocast`; without it the op runs in its inputs'
+            dtypes.
+
+    Autograd stands on the Autograd dispatch key, so that `torch.ops.fastres.*` are differentiable too: that
+    costs less a call than `torch.library.register_autograd` and lets the formula choose what it saves.
+    """
+    name = schema[: schema.index("(")]
+    LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.fastres, name).default
+    for device in _DEVICES:
+        LIB.impl(name, impl, device)
+    torch.library.register_fake(f"fastres::{name}", fake, lib=LIB)
+    LIB.impl(name, _on_autograd_key(op, autograd), "Autograd", with_keyset=True)
+    if autocast is not None:
+        for device in _DEVICES:
+            LIB.impl(name, _on_autocast_key(op, autocast, device), f"Autocast{device}")
+    return op
+
+
+def _on_autograd_key(op: torch._ops.OpOverload, autograd: Callable | None) -> Callable:
+    def kernel(keyset, *args):
+        def below(*args):
+            with _C._AutoDispatchBelowAutograd():
+                return op.redispatch(keyset & _C._after_autograd_keyset, *args)
+
+        if _C.is_grad_enabled() and _C._any_requires_grad(*args):
+            if autograd is None:
+                raise RuntimeError(f"{op}: has no derivative, but an input requires a gradient")
+            return autograd(below, *args)
+        return below(*args)
+
+    return kernel
+
+
+def _on_autocast_key(op: torch._ops.OpOverload, autocast: Callable, device: str) -> Callable:
+    keys = _C.DispatchKeySet(getattr(_C.DispatchKey, f"Autocast{device}"))
+    device_type = device.lower()
+
+    def kernel(*args):
+        dtype = torch.get_autocast_dtype(device_type)
+        with _C._ExcludeDispatchKeyGuard(keys):
+            return op(*autocast(dtype, *args))
+
+    return kernel
+
+
+def autocast_to(dtype: torch.dtype, t: torch.Tensor | None) -> torch.Tensor | None:
+    """`t` in autocast's `dtype`, under PyTorch's own rule: fp64 and integers stay as they are."""
+    if t is None or not t.is_floating_point() or t.dtype == torch.float64:
+        return t
+    return t.to(dtype)

@@ -1,0 +1,107 @@
+"""Which implementation of an elementwise or reducing primitive runs on a device.
+
+A primitive is a function with one meaning everywhere (listed in `torch_primitives`): it writes into tensors
+that the caller made. Every backend that has it keeps it under the same name in its own module; the first one
+that can run here is taken, and PyTorch's arithmetic is always the last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from .. import env, native
+
+NAMES = (
+    "add_relu",
+    "bn_stats",
+    "bn_finalize",
+    "bn_act",
+    "bn_act_backward_reduce",
+    "bn_act_backward",
+)
+
+
+class Backend(NamedTuple):
+    """A module of primitives.
+
+    name: as users pin it. module: imported on first use; it may define `why_not(dtype) -> str | None`.
+    device: a device type, or "any". library: the native library that it needs, if any.
+    """
+
+    name: str
+    module: str
+    device: str
+    library: str | None = None
+
+
+# Order is preference; a primitive that a module lacks comes from the next one.
+BACKENDS = (
+    Backend("cuda", "fastres.backends.cuda_ops", "cuda", library="cuda"),
+    Backend("triton", "fastres.backends.triton_ops", "cuda"),
+    Backend("cpu", "fastres.backends.cpu_ops", "cpu", library="cpu"),
+    Backend("torch", "fastres.ops.torch_primitives", "any"),
+)
+_chosen: dict[tuple[str, str, torch.dtype], Callable] = {}
+_pinned: str | None = None
+
+
+def candidates(name: str, device: str, dtype: torch.dtype) -> list[tuple[str, Callable | None, str | None]]:
+    """(backend, function or None, reason why it cannot run or None), in the order in which they are tried."""
+    rows: list[tuple[str, Callable | None, str | None]] = []
+    allowed = (_pinned,) if _pinned else env.backends()
+    for backend in BACKENDS:
+        if backend.device not in (device, "any"):
+            continue
+        if allowed is not None and backend.name not in (*allowed, "torch"):
+            rows.append((backend.name, None, f"only {', '.join(allowed)} may be used"))
+            continue
+        function, reason = _load(backend, name, dtype)
+        rows.append((backend.name, function, reason))
+    return rows
+
+
+def _load(backend: Backend, name: str, dtype: torch.dtype) -> tuple[Callable | None, str | None]:
+    try:
+        module = importlib.import_module(backend.module)
+    except ImportError as error:
+        return None, f"cannot be imported: {error}"
+    if backend.library and (reason := native.available(backend.library)):
+        return None, reason
+    if hasattr(module, "why_not") and (reason := module.why_not(dtype)):
+        return None, reason
+    function = getattr(module, name, None)
+    return function, None if function else f"has no {name}"
+
+
+def get(name: str, x: torch.Tensor) -> Callable:
+    """The function that computes the primitive `name` for tensors of the device and dtype of `x`."""
+    key = (name, x.device.type, x.dtype)
+    function = _chosen.get(key)
+    if function is None:
+        function = next(f for _, f, _ in candidates(*key) if f is not None)
+        _chosen[key] = function
+    return function
+
+
+@contextlib.contextmanager
+def pinned(backend: str) -> Iterator[None]:
+    """Inside, only the named backend (and PyTorch's arithmetic for what it lacks) computes primitives.
+
+    Raises ValueError for a name that is no backend's.
+    """
+    global _pinned
+    names = [b.name for b in BACKENDS]
+    if backend not in names:
+        raise ValueError(f"backend: expected one of {', '.join(names)}, got {backend!r}")
+    before, _pinned = _pinned, backend
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        _pinned = before
+        _chosen.clear()
