@@ -9,7 +9,33 @@ import importlib
 __version__ = "0.1.0"
 
 # public name -> module that defines it
-_EXPORTS: dict[str, str] = {}
+_EXPORTS: dict[str, str] = {
+    "accelerate": "fastres.accelerate",
+    "verify": "fastres.verify",
+    "Activation": "fastres.activation",
+    **dict.fromkeys(
+        (
+            "BNAct",
+            "BasicBlock",
+            "Bottleneck",
+            "ConvBNAct",
+            "ResNet",
+            "resnet11",
+            "resnet18",
+            "resnet34",
+            "resnet50",
+            "resnet101",
+            "resnet152",
+            "resnext50_32x4d",
+            "resnext101_32x8d",
+            "resnext101_64x4d",
+            "wide_resnet50_2",
+            "wide_resnet101_2",
+        ),
+        "fastres.nn",
+    ),
+    **dict.fromkeys(("add_relu", "add_relu_", "bn_act", "conv_bn_act"), "fastres.ops"),
+}
 
 __all__ = ["__version__", *_EXPORTS]
 

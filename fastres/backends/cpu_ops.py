@@ -141,5 +141,5 @@ def global_avg_pool(x: Tensor, out: Tensor) -> None:
 
 
 def to_nhwc(x: Tensor, out: Tensor) -> None:
-    """Copy contiguous `x` into channels_last `out` of the same dtype, or float32 into bfloat16 or float16."""
+    """Copy contiguous float32 `x` into channels_last `out`, float32, bfloat16 or float16."""
     _call(_ops.to_nhwc.default, x, out)

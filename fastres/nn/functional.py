@@ -8,6 +8,7 @@ that whatever was put there acts.
 
 from __future__ import annotations
 
+import torch.fx
 from torch import Tensor, nn
 
 from .. import ops
@@ -58,6 +59,10 @@ def conv_bn_act(
         [N, K, P, Q]; differentiable in x, residual and all parameters.
     """
     activation = activation_of(act)
+    if isinstance(x, torch.fx.Proxy):
+        # a capture keeps the layer whole (graph/primitive.py)
+        arguments = (x, conv, bn, residual, act if activation is None else activation)
+        return x.tracer.create_proxy("call_function", conv_bn_act, arguments, {})
     if activation is None or not _fuses_conv(conv) or not (bn is None or _has_fixed_statistics(bn)):
         y = conv(x)
         return _finish(y, residual, act) if bn is None else bn_act(y, bn, residual, act)
@@ -77,12 +82,15 @@ def conv_bn_act(
     )
 
 
+conv_bn_act.fastres_conv_bn_act = True
+
+
 def bn_act(
     x: Tensor, bn: nn.Module, residual: Tensor | None = None, act: Activation | nn.Module = RELU
 ) -> Tensor:
     """act(bn(x) + residual), with running statistics and batch counter kept as `bn` would keep them."""
     activation = activation_of(act)
-    if activation is None or not is_plain(bn, nn.BatchNorm2d):
+    if activation is None or not is_plain(bn, nn.BatchNorm2d) or isinstance(x, torch.fx.Proxy):
         return _finish(bn(x), residual, act)
     bn._check_input_dim(x)
     momentum = bn.momentum
