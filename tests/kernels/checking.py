@@ -201,8 +201,8 @@ def check_candidate(
     """Run `candidate` on random data and hold every output to the oracle.
 
     Outputs are NaN-poisoned and guarded, the workspace holds garbage, `runs` runs must agree bit by bit and
-    leave the inputs alone. `integers`: whole inputs, and every element must be exact where the layers allow it
-    (identity, ReLU and ReLU6, no mean): intermediate values are rounded to `problem.dtype`, as between kernels.
+    leave the inputs alone. `integers`: whole inputs, and every element must be exact where layers allow it
+    (identity, ReLU, ReLU6, no mean); intermediate values are rounded to `problem.dtype`, as between kernels.
     """
     nodes = make_nodes(problem, device, seed, integers)
     inputs = make_inputs(problem, device, seed, integers)

@@ -1,0 +1,155 @@
+"""Configurations of the portable Triton kernels, and what is picked where no table knows better.
+
+Times named as reasons were measured on an H100 80GB HBM3, batch 256, bf16, Triton 3.6, on the experiments
+that these kernels grew out of; whatever has no such reason is a guess that `fastres tune` replaces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fastres.plan.problem import ConvSpec, Problem, Target
+from fastres.tuning.config import Config
+
+
+@dataclass(frozen=True)
+class ConvConfig(Config):
+    """Of `triton.conv_bn_act`.
+
+    Attributes:
+        form: "implicit" (any convolution), "stationary" and "persistent" (1x1, stride 1), "depthwise".
+        block_m, block_n, block_k: output pixels, output channels and reduction of a tile.
+        num_warps, num_stages: of the compiler; in "stationary" form the stages of the tile loop.
+    """
+
+    form: str
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def conv_configs(problem: Problem, target: Target, shared: int) -> list[ConvConfig]:
+    """For one convolution, the best guess first; `shared` is the shared memory that a block may take."""
+    spec: ConvSpec = problem["conv"]
+    size = problem.dtype.itemsize
+    if spec.groups > 1 and spec.groups == spec.c == spec.k:
+        return _depthwise(spec)
+    m = spec.n * spec.p * spec.q
+    implicit = _implicit(spec, m, size, target, shared)
+    aligned = spec.c * size % 16 == 0 and spec.k * size % 16 == 0
+    if not (spec.pointwise and spec.stride == (1, 1) and aligned):
+        return implicit
+    tma = _stationary(spec, m, size, shared) + _persistent(spec, m, size, shared, target)
+    # Before Hopper a descriptor is only a pointer with masks: nothing is known to be gained by it.
+    return tma + implicit if target.capability >= 90 else implicit + tma
+
+
+def _stationary(spec: ConvSpec, m: int, size: int, shared: int) -> list[ConvConfig]:
+    """Weights of a tile column stay in shared memory. 256->64 @56: 172 us (floor 171, cuDNN 178);
+    64->256 @56 + add: 334 (308, 333); 128->512 @28 + add: 166 (154, 167); 64->64 @56: 77 (68, 77)."""
+    block_c = _pow2(spec.c)
+    if block_c * size > 512:
+        return []
+    first = [(128, 64, 4)] if spec.c <= 64 and spec.k <= 64 else [(64, 64, 4)] if spec.k <= 128 else []
+    if spec.k > 128:
+        first = [(64, 128, 4 if spec.c <= 64 else 3)] if spec.residual or spec.c > 64 else [(64, 256, 3)]
+    more = [(64, 64, 3), (64, 64, 4), (64, 128, 3), (64, 128, 4), (128, 64, 3), (128, 128, 3), (64, 256, 3)]
+    found = []
+    for block_m, block_n, stages in first + more:
+        if block_n > max(64, _pow2(spec.k)):
+            continue
+        need = block_n * block_c + stages * block_m * block_c
+        need += (stages if spec.residual else 0) * block_m * block_n + block_m * block_n
+        if need * size <= shared:
+            found.append(ConvConfig("stationary", block_m, block_n, block_c, 4, stages))
+    return found if m >= 64 else []
+
+
+def _persistent(spec: ConvSpec, m: int, size: int, shared: int, target: Target) -> list[ConvConfig]:
+    """512->128 @28: 93 us (floor 86, cuDNN 92) at 128x128; 512->256 @28: 120 (103, 116),
+    1024->256 @14: 58 (43, 55) and 1024->512 @14: 87 (70, 83) at 128x256."""
+    block_k = min(128 // size, max(16, _pow2(spec.c)))
+    wide = spec.k >= 256 and not spec.residual and spec.c <= 1024
+    order = [(128, 256, 8, 3), (128, 128, 8, 4)] if wide else [(128, 128, 8, 4), (128, 256, 8, 3)]
+    order += [(128, 64, 4, 4), (128, 128, 8, 3), (64, 128, 4, 4), (64, 64, 4, 4)]
+    if _tiles(m, spec.k, 128, 128) < target.sms:
+        order = [(64, 64, 4, 4), (64, 128, 4, 4), *order]
+    found = []
+    for block_m, block_n, warps, stages in order:
+        need = stages * block_k * (block_m + block_n) + block_m * block_n * (2 if spec.residual else 1)
+        if need * size <= shared and block_n <= max(64, _pow2(spec.k)):
+            found.append(ConvConfig("persistent", block_m, block_n, block_k, warps, stages))
+    return found
+
+
+def _implicit(spec: ConvSpec, m: int, size: int, target: Target, shared: int) -> list[ConvConfig]:
+    """Of 128x128 tiles, 4 warps with 3 stages won for the two-input product (128+256->512 @28: 192 us, with 8
+    more): two blocks share a multiprocessor. Else unmeasured: the largest tile that fills the device."""
+    columns = slice_outputs(spec)
+    reduction = spec.weight_elements // spec.k * slice_inputs(spec) // (spec.c // spec.groups)
+    block_k = _reduction_block(slice_inputs(spec), reduction, size)
+    hopper = target.capability >= 90
+    tiles = [
+        (128, 128, 4 if hopper else 8),
+        (128, 64, 4),
+        (64, 128, 4),
+        (64, 64, 4),
+        (64, 32, 4),
+        (32, 32, 4),
+        (16, 32, 2),
+    ]
+    if size == 4:
+        # No tensor cores in IEEE fp32: a tile of 64 x 64 already takes 64 registers of each of 128 threads.
+        tiles = [tile for tile in tiles if tile[0] * tile[1] <= 64 * 64]
+    tiles = [tile for tile in tiles if tile[1] <= max(32, _pow2(columns))]
+    tiles.sort(key=lambda tile: max(0, target.sms - _tiles(m, spec.k, tile[0], tile[1])))
+    found = []
+    for block_m, block_n, warps in tiles:
+        for stages in (3, 2) if block_m * block_n > 64 * 128 else (4, 3, 2):
+            if stages * block_k * (block_m + block_n) * size <= shared:
+                found.append(ConvConfig("implicit", block_m, block_n, block_k, warps, stages))
+                break
+    if found and block_k * size == 64:
+        found.append(replace(found[0], block_k=2 * block_k, num_stages=2))
+    return found
+
+
+def _depthwise(spec: ConvSpec) -> list[ConvConfig]:
+    """Unmeasured: 16-byte loads along the channels, and enough pixels to keep 128 threads busy."""
+    block_c = min(64, _pow2(spec.c))
+    return [ConvConfig("depthwise", m, block_c, 1, 4, 1) for m in (32, 64, 16)]
+
+
+def slice_groups(spec: ConvSpec, width: int = 32) -> int:
+    """How many groups share a tile: as many as have `width` inputs and outputs together. Unmeasured: narrower
+    wastes fewer products on zeros, wider fills the instructions better."""
+    each = max(spec.k, spec.c) // spec.groups
+    if spec.groups == 1 or each >= width:
+        return 1
+    return max(g for g in range(1, width // each + 1) if spec.groups % g == 0)
+
+
+def slice_outputs(spec: ConvSpec) -> int:
+    return spec.k // spec.groups * slice_groups(spec)
+
+
+def slice_inputs(spec: ConvSpec) -> int:
+    return spec.c // spec.groups * slice_groups(spec)
+
+
+def _reduction_block(inputs: int, reduction: int, size: int) -> int:
+    """128 bytes where the channels allow it (one swizzle row), never past the whole reduction."""
+    block = 128 // size
+    while block > 64 // size and (inputs % block or reduction < block):
+        block //= 2
+    return max(16, min(block, _pow2(reduction)))
+
+
+def _tiles(m: int, k: int, block_m: int, block_n: int) -> int:
+    return -(-m // block_m) * -(-k // block_n)
+
+
+def _pow2(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()

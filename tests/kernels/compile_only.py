@@ -1,0 +1,97 @@
+"""Compile a kernel launch for a GPU that need not be here, and read what came out.
+
+The arguments are specialised as a launch would do it (alignment, divisibility by 16, equality with 1), so
+what is compiled is what will run. Tensors may be on the meta device. For Triton and Gluon, Triton 3.6 to 3.8.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+# Bytes of shared memory that one block may take, by compute capability (CUDA programming guide).
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_CORES = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler said.
+
+    Attributes:
+        name: the kernel's function name.
+        shared: bytes of shared memory of a block.
+        registers: of a thread; stack: its bytes of local memory, where spilled registers go.
+        tensor_cores: how many tensor-core instructions stand in the PTX.
+        ptx: the PTX.
+    """
+
+    name: str
+    shared: int
+    registers: int
+    stack: int
+    tensor_cores: int
+    ptx: str
+
+
+def source(kernel: Any, args: Mapping[str, Any], options: Mapping[str, Any], target: GPUTarget):
+    """(source, parsed options) of a launch of `kernel` with all its parameters by name."""
+    backend = make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(*[args[name] for name in kernel.arg_names], **options)
+    parsed, signature, constexprs, attrs = kernel._pack_args(
+        backend, dict(options), bound, specialization, dict(options)
+    )
+    make = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        make = GluonASTSource
+    return make(kernel, signature, constexprs, attrs), parsed
+
+
+def specialization(kernel: Any, args: Mapping[str, Any], options: Mapping[str, Any], capability: int) -> str:
+    """A text that is equal for launches that compile to the same binary."""
+    built, _ = source(kernel, args, options, GPUTarget("cuda", capability, 32))
+    constants = sorted((str(k), str(v)) for k, v in built.constants.items())
+    return repr((kernel.fn.__name__, built.signature, constants, str(built.attrs), sorted(options.items())))
+
+
+def compile_for(capability: int, kernel: Any, args: Mapping[str, Any], **options: Any) -> Compiled:
+    """Compile for sm_`capability`. Raises what Triton raises. Results are in Triton's own cache."""
+    target = GPUTarget("cuda", capability, 32)
+    built, parsed = source(kernel, args, options, target)
+    compiled = triton.compile(built, target=target, options=parsed.__dict__)
+    ptx = compiled.asm["ptx"]
+    registers, stack = _resources(compiled.asm["cubin"])
+    return Compiled(
+        kernel.fn.__name__,
+        compiled.metadata.shared,
+        registers,
+        stack,
+        len(TENSOR_CORES.findall(ptx)),
+        ptx,
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [os.fspath(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {text!r}")
+    return int(found[1]), int(found[2])
