@@ -1,0 +1,195 @@
+"""The CUDA kernels as functions: schemas of `torch.ops.fastres_cuda`, the primitives, and launching by records.
+
+The primitives mean what fastres/ops/torch_primitives.py says; device code is in kernels/cuda. A *record* is a kernel
+call that is ready to go (function, grid, parameters with pointers), 1536 bytes of CPU memory; C++ launches a row of
+them in one call, each overlapping its start with the end of the one before where the GPU can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastres import native
+
+_LIB = torch.library.Library("fastres_cuda", "DEF")
+_BACKWARD = (
+    "Tensor grad, Tensor{x} x, Tensor? residual, Tensor? out, Tensor mean, Tensor invstd, Tensor? weight, "
+    "Tensor? bias, int act, float act_param"
+)
+_SCHEMAS = (
+    "add_relu(Tensor a, Tensor b, Tensor(a!) out) -> ()",
+    "add_relu_backward(Tensor grad, Tensor out, Tensor(a!) grad_in) -> ()",
+    "bn_stats(Tensor x, Tensor(c!) scratch, Tensor(a!) mean, Tensor(b!) var) -> ()",
+    "bn_finalize(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, float momentum, float eps, int count, Tensor(c!) invstd, Tensor(d!) scale, "
+    "Tensor(e!) shift) -> ()",
+    "bn_act(Tensor x, Tensor? residual, Tensor scale, Tensor shift, int act, float act_param, "
+    "Tensor(a!) out) -> ()",
+    f"bn_act_backward_reduce({_BACKWARD.format(x='')}, Tensor(c!) scratch, Tensor(a!) sum_dy, "
+    "Tensor(b!) sum_dy_xhat) -> ()",
+    f"bn_act_backward({_BACKWARD.format(x='?')}, Tensor? mean_dy, Tensor? mean_dy_xhat, Tensor(a!) grad_x, "
+    "Tensor(b!)? grad_residual) -> ()",
+    "run_records(Tensor records, int device) -> ()",
+)
+for _schema in _SCHEMAS:
+    _LIB.define(_schema)
+_ops = torch.ops.fastres_cuda
+
+RECORD_BYTES = 1536
+_MAX_CHUNKS = 512  # of any_bn_act.h
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def why_not(dtype: torch.dtype) -> str | None:
+    """None if the primitives run here for tensors of `dtype`, else the reason."""
+    if dtype not in _DTYPES:
+        return f"no {str(dtype).removeprefix('torch.')} kernels"
+    return native.available("cuda")
+
+
+def _call(op: Callable, *args) -> None:
+    """C++ says which argument is wrong; Python gives it its type."""
+    try:
+        op(*args)
+    except RuntimeError as error:
+        # Only the first line: PyTorch appends a C++ stack trace.
+        text = str(error).splitlines()[0]
+        for kind in (TypeError, ValueError):
+            at = text.find(f"{kind.__name__}: ")
+            if at >= 0:
+                raise kind(text[at + len(kind.__name__) + 2 :]) from None
+        raise
+
+
+def _reduce_scratch(x: Tensor) -> Tensor:
+    channels = x.shape[1]
+    values = x.numel() // max(channels, 1)
+    size = 8 if x.dtype == torch.float64 else 4
+    return x.new_empty(min(_MAX_CHUNKS, values // 8 + 1) * channels * 3 * size, dtype=torch.uint8)
+
+
+def add_relu(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = max(a + b, 0); out may be a or b."""
+    _call(_ops.add_relu, a, b, out)
+
+
+def add_relu_backward(grad: Tensor, out: Tensor, grad_in: Tensor) -> None:
+    """grad_in = grad where out > 0 (or NaN), else 0; grad_in may be grad."""
+    _call(_ops.add_relu_backward, grad, out, grad_in)
+
+
+def bn_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Mean and biased variance of every channel; the same bits every time, on every GPU."""
+    _call(_ops.bn_stats, x, _reduce_scratch(x), mean, var)
+
+
+def bn_finalize(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    count: int,
+    invstd: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+) -> None:
+    """invstd, scale, shift and the running statistics, for all channels in one launch."""
+    _call(
+        _ops.bn_finalize,
+        mean,
+        var,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        momentum,
+        eps,
+        count,
+        invstd,
+        scale,
+        shift,
+    )
+
+
+def bn_act(
+    x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act: int, act_param: float, out: Tensor
+) -> None:
+    """out = act(x * scale[c] + shift[c] + residual); out may be x."""
+    _call(_ops.bn_act, x, residual, scale, shift, act, act_param, out)
+
+
+def bn_act_backward_reduce(
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    out: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act: int,
+    act_param: float,
+    sum_dy: Tensor,
+    sum_dy_xhat: Tensor,
+) -> None:
+    """With dz = grad * act'(z): sum_dy = sum dz; sum_dy_xhat = sum dz * (x - mean) * invstd."""
+    shared = (grad, x, residual, out, mean, invstd, weight, bias, act, act_param)
+    _call(_ops.bn_act_backward_reduce, *shared, _reduce_scratch(grad), sum_dy, sum_dy_xhat)
+
+
+def bn_act_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act: int,
+    act_param: float,
+    mean_dy: Tensor | None,
+    mean_dy_xhat: Tensor | None,
+    grad_x: Tensor,
+    grad_residual: Tensor | None,
+) -> None:
+    """grad_x = weight * invstd * (dz - mean_dy - xhat * mean_dy_xhat); grad_residual = dz."""
+    shared = (grad, x, residual, out, mean, invstd, weight, bias, act, act_param)
+    _call(_ops.bn_act_backward, *shared, mean_dy, mean_dy_xhat, grad_x, grad_residual)
+
+
+class RecordLaunch:
+    """One C++ call that launches the kernels of `records`, in order, on the current stream.
+
+    Args:
+        records: uint8 on the CPU, a multiple of RECORD_BYTES.
+        device: index of the GPU.
+        keep: everything that the records point to.
+    """
+
+    def __init__(self, records: Tensor, device: int, keep: Sequence) -> None:
+        self.records, self.device, self.keep = records, device, keep
+        self._run = _ops.run_records.default
+
+    def __call__(self) -> None:
+        self._run(self.records, self.device)
+
+    @staticmethod
+    def join(launches: Sequence[RecordLaunch]) -> RecordLaunch:
+        """One launch that does what these do."""
+        records = torch.cat([launch.records for launch in launches])
+        return RecordLaunch(records, launches[0].device, [launch.keep for launch in launches])
+
+
+def make_record(op: Callable, *args) -> Tensor:
+    """The record that `op(*args, record)` fills in."""
+    record = torch.empty(RECORD_BYTES, dtype=torch.uint8)
+    _call(op, *args, record)
+    return record

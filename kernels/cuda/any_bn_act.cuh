@@ -1,0 +1,74 @@
+// What the passes of any_bn_act share: how threads walk over the tensor, and dz = grad * act'(z).
+#pragma once
+
+#include "activation.cuh"
+#include "any_bn_act.h"
+
+namespace fastres {
+
+constexpr int kBnThreads = 256;
+
+// Rows of `cols` vectors of V elements. NHWC: a row is a pixel, and a thread keeps its channels; NCHW: a row is the
+// plane of channel row % C.
+inline void set_view(BnAct& p, int v) {
+  p.rows = p.nhwc ? p.n * p.s : p.n * p.c;
+  p.cols = (p.nhwc ? p.c : p.s) / v;
+  p.width = static_cast<int>(p.cols < kBnThreads ? p.cols : kBnThreads);
+}
+
+// 16-byte vectors where rows and all base addresses allow them, else single elements.
+template <class T>
+int vector_size(const BnAct& p) {
+  uintptr_t bits = 0;
+  for (const void* q : {p.x, p.residual, p.grad, p.saved_out, static_cast<const void*>(p.out),
+                        static_cast<const void*>(p.grad_residual)})
+    bits |= reinterpret_cast<uintptr_t>(q);
+  return bits % 16 == 0 && (p.nhwc ? p.c : p.s) % kPer16Bytes<T> == 0 ? kPer16Bytes<T> : 1;
+}
+
+// A dynamic activation costs registers and code: ReLU and identity get kernels of their own.
+inline bool is_plain(int act) { return act == kIdentity || act == kRelu; }
+
+template <bool kGeneral, class A>
+FASTRES_DEVICE A activate_if(int act, A z, A param) {
+  if constexpr (kGeneral) return activate(act, z, param);
+  return act == kRelu ? relu(z) : z;
+}
+
+// Per-channel constants of the backward passes.
+template <class A>
+struct Backward {
+  A mean, invstd, scale, shift;  // z = x * scale + shift
+  FASTRES_DEVICE static Backward load(const BnAct& p, int64_t c) {
+    const auto at = [c](const void* v, A otherwise) { return v ? static_cast<const A*>(v)[c] : otherwise; };
+    Backward b;
+    b.mean = at(p.mean, A(0));
+    b.invstd = at(p.invstd, A(1));
+    b.scale = b.invstd * at(p.weight, A(1));
+    b.shift = at(p.bias, A(0)) - b.mean * b.scale;
+    return b;
+  }
+};
+
+template <bool kGeneral, class A>
+FASTRES_DEVICE A slope_times(const BnAct& p, A grad, A x, A residual, A saved_out, const Backward<A>& b) {
+  if (p.act == kIdentity) return grad;
+  if (p.act == kRelu) return saved_out <= A(0) ? A(0) : grad;
+  if constexpr (kGeneral)
+    return grad * activate_slope(p.act, x * b.scale + b.shift + residual, static_cast<A>(p.act_param));
+  return grad;
+}
+
+// Whether a pass reads the tensor at all.
+FASTRES_DEVICE bool reads_residual(const BnAct& p) { return p.residual && p.act > kRelu; }
+
+template <class T, int V>
+FASTRES_DEVICE Pack<T, V> load_if(const void* base, bool wanted, int64_t offset) {
+  Pack<T, V> pack;
+#pragma unroll
+  for (int j = 0; j < V; ++j) pack.v[j] = narrow<T>(0);
+  if (wanted) pack = load<T, V>(static_cast<const T*>(base) + offset);
+  return pack;
+}
+
+}  // namespace fastres

@@ -1,0 +1,116 @@
+// A kernel call that is ready to go: function, grid and parameters in one flat record, so that a whole plan is a row of
+// records and launching it is one loop.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#ifdef FASTRES_EMULATOR
+#include "emulator.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+namespace fastres {
+
+// Element types, by the code that crosses the C++ boundary.
+enum class Type : int { kBf16, kFp16, kFp32, kFp64 };
+
+constexpr int kParameterBytes = 1408;
+constexpr uint32_t kRecordMagic = 0xfa57e501;
+
+struct alignas(64) Record {
+  unsigned char parameters[kParameterBytes];  // first: tensor maps in it want 64-byte alignment
+  const void* function;
+  void (*invoke)(const void*, const void*);  // the emulator's way to call it
+  uint32_t magic, grid[3], block, cluster, shared_bytes, programmatic;
+  char name[64];  // of the kernel and its problem, for error messages
+};
+static_assert(sizeof(Record) == 1536, "fastres/backends/cuda_ops.py allocates this many bytes a record");
+static_assert(std::is_trivially_copyable_v<Record>);
+
+struct Shape {
+  dim3 grid;
+  unsigned block;
+  unsigned shared_bytes = 0;
+  unsigned cluster = 1;
+};
+
+#ifndef FASTRES_EMULATOR
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+#endif
+
+template <class Parameters>
+Record make_record(void (*kernel)(Parameters), const Shape& shape, const Parameters& parameters, const char* name) {
+  static_assert(std::is_trivially_copyable_v<Parameters> && sizeof(Parameters) <= kParameterBytes);
+  Record r{};
+  std::memcpy(r.parameters, &parameters, sizeof parameters);
+  r.function = reinterpret_cast<const void*>(kernel);
+  r.magic = kRecordMagic;
+  r.grid[0] = shape.grid.x, r.grid[1] = shape.grid.y, r.grid[2] = shape.grid.z;
+  r.block = shape.block;
+  r.cluster = shape.cluster;
+  r.shared_bytes = shape.shared_bytes;
+  std::strncpy(r.name, name, sizeof r.name - 1);
+#ifndef FASTRES_EMULATOR
+  if (shape.shared_bytes > 48 * 1024)
+    check(cudaFuncSetAttribute(r.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(shape.shared_bytes)),
+          name);
+#else
+  r.invoke = [](const void* function, const void* p) {
+    alignas(64) Parameters copy = *static_cast<const Parameters*>(p);
+    reinterpret_cast<void (*)(Parameters)>(const_cast<void*>(function))(copy);
+  };
+#endif
+  return r;
+}
+
+// May overlap with the kernel before it: true for code compiled for sm_90 and later, which waits by itself before it
+// reads what that kernel wrote. Code translated from older PTX has no such wait.
+inline void allow_overlap(Record& r) {
+#ifndef FASTRES_EMULATOR
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, r.function), r.name);
+  r.programmatic = attributes.ptxVersion >= 90;
+#else
+  r.programmatic = 0;
+#endif
+}
+
+#ifndef FASTRES_EMULATOR
+inline void launch(const Record& r, bool overlap, cudaStream_t stream) {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(r.grid[0], r.grid[1], r.grid[2]);
+  config.blockDim = dim3(r.block);
+  config.dynamicSmemBytes = r.shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  if (r.cluster > 1) {
+    auto& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeClusterDimension;
+    a.val.clusterDim.x = r.cluster, a.val.clusterDim.y = 1, a.val.clusterDim.z = 1;
+  }
+  if (overlap && r.programmatic) {
+    auto& a = attributes[config.numAttrs++];
+    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    a.val.programmaticStreamSerializationAllowed = 1;
+  }
+  void* arguments[] = {const_cast<unsigned char*>(r.parameters)};
+  check(cudaLaunchKernelExC(&config, r.function, arguments), r.name);
+}
+#else
+inline void launch(const Record& r, bool, void*) {
+  emulator::launch(r.function, r.invoke, r.parameters, dim3(r.grid[0], r.grid[1], r.grid[2]), dim3(r.block),
+                   r.shared_bytes, r.cluster);
+}
+#endif
+
+}  // namespace fastres

@@ -1,0 +1,154 @@
+// CUDA on the CPU, for tests without a GPU: kernels/cuda compiles against this instead of ptx.cuh's assembly.
+//
+// Every CUDA thread is a fiber; blocks of a cluster run interleaved. A barrier, a warp-wide instruction or an mbarrier
+// wait hands over to the next fiber; if none can go on, that is a deadlock and is reported with the places waited at.
+// Asynchronous work (cp.async, TMA, wgmma) happens as early or as late as the programming model allows ("late" is
+// chosen by emulator_configure), so that a missing wait and a buffer reused too early both show as wrong numbers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace emulator {
+
+struct Block;
+
+struct Copy {
+  unsigned char* to;
+  const unsigned char* from;
+  int bytes, valid;
+  void perform() const {
+    std::memcpy(to, from, valid);
+    std::memset(to + valid, 0, bytes - valid);
+  }
+};
+
+struct Thread {
+  void* stack_pointer = nullptr;
+  uint3 index{};
+  int lane = 0, warp = 0, linear = 0;
+  Block* block = nullptr;
+  bool done = false;
+  bool (*ready)(void*) = nullptr;
+  void* argument = nullptr;
+  const char* where = "";
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> groups;
+  std::vector<std::function<void()>> open_stores;
+  std::deque<std::vector<std::function<void()>>> stores;
+};
+
+// A meeting of `size` threads; the last one to come acts for all.
+struct Meeting {
+  int arrived = 0, size = 0;
+  unsigned generation = 0;
+  const char* operation = nullptr;
+  std::vector<void*> slot;
+  std::deque<std::vector<std::function<void()>>> groups;  // wgmma in flight, of a warpgroup
+  std::vector<std::function<void()>> open;
+};
+
+struct Block {
+  dim3 index, grid, size;
+  int rank = 0, cluster = 1;
+  std::vector<unsigned char> memory;
+  unsigned char* shared = nullptr;
+  unsigned shared_bytes = 0;
+  std::vector<Thread> threads;
+  std::vector<Meeting> warps, warpgroups, barriers;
+  std::vector<Block*> peers;  // of the cluster, by rank
+  Meeting* whole_cluster = nullptr;
+  int left_cluster_barrier = 0;
+};
+
+struct Run {
+  std::deque<std::function<void()>> pending;  // TMA that has not landed yet
+  std::string error;
+};
+
+extern Thread* self;
+extern Run* run;
+extern bool late;
+
+[[noreturn]] void fail(const std::string& message);
+void yield();
+void launch(const void* function, void (*invoke)(const void*, const void*), const void* parameters, dim3 grid,
+            dim3 block, unsigned shared_bytes, unsigned cluster);
+
+template <class Ready>
+void wait_until(const char* where, Ready ready) {
+  while (!ready()) {
+    self->where = where;
+    self->argument = &ready;
+    self->ready = [](void* r) { return (*static_cast<Ready*>(r))(); };
+    yield();
+  }
+}
+
+// All threads of the meeting pass `mine`; the last one runs act(slots).
+template <class Act>
+void meet(Meeting& m, int place, const char* operation, void* mine, Act act) {
+  if (m.arrived == 0) m.operation = operation;
+  if (std::strcmp(m.operation, operation) != 0)
+    fail(std::string("threads that must agree do not: ") + m.operation + " and " + operation);
+  m.slot[place] = mine;
+  const unsigned generation = m.generation;
+  if (++m.arrived == m.size) {
+    act(m.slot);
+    m.arrived = 0;
+    ++m.generation;
+  } else {
+    wait_until(operation, [&] { return m.generation != generation; });
+  }
+}
+
+template <class Act>
+void warp_meet(const char* operation, void* mine, Act act) {
+  meet(self->block->warps[self->warp], self->lane, operation, mine, act);
+}
+
+inline unsigned shared_offset(const void* p) {
+  const Block& b = *self->block;
+  const auto offset = static_cast<const unsigned char*>(p) - b.shared;
+  if (offset < 0 || offset >= static_cast<long>(b.shared_bytes)) fail("not an address in shared memory");
+  return static_cast<unsigned>(offset);
+}
+
+// A 32-bit shared address: rank of the block in the cluster + 1 above, offset below (0: this block).
+inline unsigned char* shared_pointer(unsigned address, int bytes) {
+  Block* b = self->block;
+  if (address >> 24) b = b->peers.at((address >> 24) - 1);
+  const unsigned offset = address & 0xffffff;
+  if (offset + bytes > b->shared_bytes) fail("shared memory address " + std::to_string(offset) + " out of bounds");
+  if (bytes && offset % (bytes > 16 ? 16 : bytes)) fail("misaligned shared memory address");
+  return b->shared + offset;
+}
+
+}  // namespace emulator
+
+#undef threadIdx
+#define threadIdx (::emulator::self->index)
+#define blockIdx (::emulator::self->block->index)
+#define blockDim (::emulator::self->block->size)
+#define gridDim (::emulator::self->block->grid)
+#ifndef __launch_bounds__
+#define __launch_bounds__(...)
+#endif
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
+#undef __forceinline__
+#define __forceinline__ inline
+
+#include "emulated_ptx.h"
