@@ -72,18 +72,20 @@ struct Arguments {
   }
 };
 
+// Of all channels: the sums of dz, and of dz * (x - mean).
 struct Sums {
-  double dy = 0, dy_x = 0;
+  double *dy, *dy_x;
 };
 
 template <class T, int64_t kAct>
-void reduce_rows(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc<T>, 3>& table, Sums* total) {
+void reduce_rows(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc<T>, 3>& table, Sums total) {
   using A = Acc<T>;
   using V = Vec<A>;
   constexpr int W = kLanes<A>;
   const int64_t channels = a.d.c, rows = a.d.rows();
   const Chunks chunks = chunks_of(a.d, 3 * sizeof(T));
-  auto partial = std::make_unique<Sums[]>(chunks.count * channels);
+  const int64_t part = chunks.count * channels;
+  auto partial = std::make_unique<double[]>(2 * part);
   const int64_t grain = std::max<int64_t>(1, kGrain / (chunks.rows * channels));
   parallel_for(0, chunks.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -106,55 +108,44 @@ void reduce_rows(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc
               dy[u] += dz;
               dy_x[u] += dz * (value - mean[u]);
             }
-          Sums* to = partial.get() + chunk * channels + c;
+          double* to = partial.get() + chunk * channels + c;
           const int64_t valid = std::min<int64_t>(U * W, channels - c);
-          for (int64_t i = 0; i < valid; ++i) {
-            to[i].dy += dy[i / W][i % W];
-            to[i].dy_x += dy_x[i / W][i % W];
-          }
+          for (int64_t i = 0; i < valid; ++i) to[i] += lanes_of(dy)[i];
+          for (int64_t i = 0; i < valid; ++i) to[part + i] += lanes_of(dy_x)[i];
         });
       }
     }
   });
-  for (int64_t chunk = 0; chunk < chunks.count; ++chunk)
-    for (int64_t c = 0; c < channels; ++c) {
-      total[c].dy += partial[chunk * channels + c].dy;
-      total[c].dy_x += partial[chunk * channels + c].dy_x;
-    }
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    const double* from = partial.get() + chunk * channels;
+    for (int64_t c = 0; c < channels; ++c) total.dy[c] += from[c];
+    for (int64_t c = 0; c < channels; ++c) total.dy_x[c] += from[part + c];
+  }
 }
 
 template <class T, int64_t kAct>
-void reduce_planes(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc<T>, 3>& table, Sums* total) {
+void reduce_planes(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc<T>, 3>& table, Sums total) {
   using A = Acc<T>;
   using V = Vec<A>;
-  constexpr int64_t W = kLanes<A>, kTile = 1024;
+  constexpr int64_t kTile = 1024;
   const Dense& d = a.d;
   parallel_for(0, d.c, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, d.rows())), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const V mean = splat(table[0][c]), scale = splat(table[1][c]), shift = splat(table[2][c]);
-      for (int64_t n = 0; n < d.n; ++n) {
-        const int64_t plane = (n * d.c + c) * d.s;
-        for (int64_t tile = 0; tile < d.s; tile += kTile) {
-          V dy[2] = {}, dy_x[2] = {};
-          const int64_t stop = plane + std::min(tile + kTile, d.s);
-          int64_t i = plane + tile;
-          for (; i + W <= stop; i += W) {
-            const V value = load(in.x + i);
-            const V dz = in.template dz<kAct>(i, Full{}, value, scale, shift);
-            dy[i / W % 2] += dz;
-            dy_x[i / W % 2] += dz * (value - mean);
-          }
-          if (i < stop) {
-            const Tail lanes{static_cast<int>(stop - i)};
-            const V value = lanes.load(in.x + i);
-            const V dz = in.template dz<kAct>(i, lanes, value, scale, shift);
-            dy[0] += keep<A>(dz, lanes);
-            dy_x[0] += keep<A>(dz * (value - mean), lanes);
-          }
-          total[c].dy += sum<A>(dy[0] + dy[1]);
-          total[c].dy_x += sum<A>(dy_x[0] + dy_x[1]);
+      for_plane_tiles(d, kTile, [&](int64_t first, int64_t last, int64_t from, int64_t to) {
+        V dy[2] = {}, dy_x[2] = {};
+        for (int64_t n = first; n < last; ++n) {
+          const int64_t piece = (n * d.c + c) * d.s + from;
+          for_vectors<2, A>(to - from, [&](int u, int64_t j, auto lanes) {
+            const V value = lanes.load(in.x + piece + j);
+            const V dz = in.template dz<kAct>(piece + j, lanes, value, scale, shift);
+            dy[u] += keep<A>(dz, lanes);
+            dy_x[u] += keep<A>(dz * (value - mean), lanes);
+          });
         }
-      }
+        total.dy[c] += sum<A>(dy[0] + dy[1]);
+        total.dy_x[c] += sum<A>(dy_x[0] + dy_x[1]);
+      });
     }
   });
 }
@@ -173,13 +164,14 @@ void bn_act_backward_reduce(const Tensor& grad, const Tensor& x, const Optional&
     ChannelTable<A, 3> table(a.d);
     for (int64_t c = 0; c < a.d.c; ++c)
       table.set(c, {data<A>(mean)[c], a.scale<A>(c), a.shift<A>(c)});
-    auto total = std::make_unique<Sums[]>(a.d.c);
+    auto sums = std::make_unique<double[]>(2 * a.d.c);
+    const Sums total{sums.get(), sums.get() + a.d.c};
     a.dispatch_act([&](auto code) {
-      (a.d.nhwc ? reduce_rows<T, code()> : reduce_planes<T, code()>)(a, a.inputs<T>(), table, total.get());
+      (a.d.nhwc ? reduce_rows<T, code()> : reduce_planes<T, code()>)(a, a.inputs<T>(), table, total);
     });
     for (int64_t c = 0; c < a.d.c; ++c) {
-      mutable_data<A>(sum_dy)[c] = static_cast<A>(total[c].dy);
-      mutable_data<A>(sum_dy_xhat)[c] = static_cast<A>(total[c].dy_x * data<A>(invstd)[c]);
+      mutable_data<A>(sum_dy)[c] = static_cast<A>(total.dy[c]);
+      mutable_data<A>(sum_dy_xhat)[c] = static_cast<A>(total.dy_x[c] * data<A>(invstd)[c]);
     }
   });
 }

@@ -5,24 +5,30 @@
 namespace fastres {
 namespace {
 
-// Sum and sum of squared deviations of `count` numbers. The sum is kept, not the mean: an infinity stays one.
+// Sums and sums of squared deviations of some channels. Sums are kept, not means: an infinity stays one.
 struct Moments {
-  double sum = 0, m2 = 0;
-  void merge(double count, double other_sum, double other_m2, double other_count) {
-    if (count > 0) {
-      const double delta = other_sum / other_count - sum / count;
-      m2 += delta * delta * (count * other_count / (count + other_count));
-    }
-    sum += other_sum;
-    m2 += other_m2;
-  }
+  double *sum, *m2;
 };
 
-// A tile's moments: `mean` as first computed, then the sums of (x - mean) and (x - mean)^2.
+// Merge `fresh` numbers a channel into the `count` that are there, `channels` times.
+inline void merge(Moments to, Moments from, double count, double fresh, int64_t channels) {
+  const double per_count = count > 0 ? 1 / count : 0, per_fresh = 1 / fresh;
+  const double weight = count * fresh / (count + fresh);
+  for (int64_t i = 0; i < channels; ++i) {
+    const double delta = from.sum[i] * per_fresh - to.sum[i] * per_count;
+    to.m2[i] += from.m2[i] + (count > 0 ? delta * delta * weight : 0);
+    to.sum[i] += from.sum[i];
+  }
+}
+
+// A tile's moments from its mean as first computed, and the sums of (x - mean) and (x - mean)^2.
 template <class A>
-inline void merge_tile(Moments& to, double count, A mean, A rest, A squares, double tile) {
-  const double correction = std::isfinite(mean) ? rest : 0;
-  to.merge(count, mean * tile + correction, squares - correction * correction / tile, tile);
+inline void moments_of(Moments to, const A* mean, const A* rest, const A* squares, double n, int64_t channels) {
+  for (int64_t i = 0; i < channels; ++i) {
+    const double m = mean[i], correction = std::abs(m) <= std::numeric_limits<A>::max() ? rest[i] : 0;
+    to.sum[i] = m * n + correction;
+    to.m2[i] = squares[i] - correction * correction / n;
+  }
 }
 
 template <class T>
@@ -32,7 +38,8 @@ void stats_rows(const T* x, const Dense& d, Acc<T>* mean, Acc<T>* var) {
   constexpr int W = kLanes<A>;
   const int64_t channels = d.c, rows = d.rows();
   const Chunks chunks = chunks_of(d, sizeof(T));
-  auto partial = std::make_unique<Moments[]>(chunks.count * channels);
+  const int64_t part = chunks.count * channels;
+  auto partial = std::make_unique<double[]>(2 * part);
   const int64_t grain = std::max<int64_t>(1, kGrain / (chunks.rows * channels));
   parallel_for(0, chunks.count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -52,63 +59,59 @@ void stats_rows(const T* x, const Dense& d, Acc<T>* mean, Acc<T>* var) {
               rest[u] += delta;
               squares[u] += delta * delta;
             }
-          Moments* to = partial.get() + chunk * channels + c;
-          const int64_t valid = std::min<int64_t>(U * W, channels - c);
-          for (int64_t i = 0; i < valid; ++i)
-            merge_tile<A>(to[i], row - first, m[i / W][i % W], rest[i / W][i % W], squares[i / W][i % W], n);
+          double sums[U * W], m2[U * W];
+          moments_of(Moments{sums, m2}, lanes_of(m), lanes_of(rest), lanes_of(squares), n, U * W);
+          double* to = partial.get() + chunk * channels + c;
+          merge({to, to + part}, {sums, m2}, row - first, n, std::min<int64_t>(U * W, channels - c));
         });
       }
     }
   });
-  parallel_for(0, channels, std::max<int64_t>(1, kGrain / chunks.count), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) {
-      Moments total;
-      for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
-        const int64_t before = chunk * chunks.rows;
-        const Moments& part = partial[chunk * channels + c];
-        total.merge(before, part.sum, part.m2, std::min(rows, before + chunks.rows) - before);
-      }
-      mean[c] = static_cast<A>(total.sum / rows);
-      var[c] = static_cast<A>(total.m2 / rows);
-    }
-  });
+  const Moments total{partial.get(), partial.get() + part};
+  for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
+    const int64_t before = chunk * chunks.rows, c = chunk * channels;
+    merge(total, {total.sum + c, total.m2 + c}, before, std::min(rows - before, chunks.rows), channels);
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    mean[c] = static_cast<A>(total.sum[c] / rows);
+    var[c] = static_cast<A>(total.m2[c] / rows);
+  }
 }
 
 template <class T>
 void stats_planes(const T* x, const Dense& d, Acc<T>* mean, Acc<T>* var) {
   using A = Acc<T>;
   using V = Vec<A>;
-  constexpr int64_t W = kLanes<A>, kTile = 4096;
+  constexpr int64_t kTile = 4096;
   parallel_for(0, d.c, std::max<int64_t>(1, kGrain / d.rows()), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
-      Moments total;
-      double count = 0;
-      for (int64_t n = 0; n < d.n; ++n) {
-        for (int64_t i = 0; i < d.s; i += kTile) {
-          const T* tile = x + (n * d.c + c) * d.s + i;
-          const int64_t size = std::min(kTile, d.s - i), whole = size / W * W;
-          const Tail tail{static_cast<int>(size - whole)};
-          V sums[4] = {};
-          for (int64_t j = 0; j < whole; j += W) sums[j / W % 4] += load(tile + j);
-          if (tail.n) sums[0] += tail.load(tile + whole);
-          const A m = sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<A>(size);
-          V rest[2] = {}, squares[2] = {};
-          for (int64_t j = 0; j < whole; j += W) {
-            const V delta = load(tile + j) - m;
-            rest[j / W % 2] += delta;
-            squares[j / W % 2] += delta * delta;
+      double sums = 0, m2 = 0, count = 0;
+      for_plane_tiles(d, kTile, [&](int64_t first, int64_t last, int64_t from, int64_t to) {
+        const int64_t length = to - from;
+        const double size = static_cast<double>((last - first) * length);
+        V parts[4] = {}, rests[4] = {}, squared[4] = {};
+        const auto each = [&](const auto& f) {
+          for (int64_t n = first; n < last; ++n) {
+            const T* piece = x + (n * d.c + c) * d.s + from;
+            for_vectors<4, A>(length, [&](int u, int64_t i, auto lanes) { f(u, lanes.load(piece + i), lanes); });
           }
-          if (tail.n) {
-            const V delta = keep<A>(tail.load(tile + whole) - m, tail);
-            rest[0] += delta;
-            squares[0] += delta * delta;
-          }
-          merge_tile<A>(total, count, m, sum<A>(rest[0] + rest[1]), sum<A>(squares[0] + squares[1]), size);
-          count += size;
-        }
-      }
-      mean[c] = static_cast<A>(total.sum / count);
-      var[c] = static_cast<A>(total.m2 / count);
+        };
+        const auto total = [](const V(&v)[4]) { return sum<A>((v[0] + v[1]) + (v[2] + v[3])); };
+        each([&](int u, V v, auto) { parts[u] += v; });
+        const A m = total(parts) / static_cast<A>(size);
+        each([&](int u, V v, auto lanes) {
+          const V delta = keep<A>(v - m, lanes);
+          rests[u] += delta;
+          squared[u] += delta * delta;
+        });
+        const A rest = total(rests), squares = total(squared);
+        double tile_sum, tile_m2;
+        moments_of(Moments{&tile_sum, &tile_m2}, &m, &rest, &squares, size, 1);
+        merge({&sums, &m2}, {&tile_sum, &tile_m2}, count, size, 1);
+        count += size;
+      });
+      mean[c] = static_cast<A>(sums / count);
+      var[c] = static_cast<A>(m2 / count);
     }
   });
 }

@@ -38,15 +38,12 @@ template <class T>
 void average_planes(const T* x, T* out, const Dense& d) {
   using A = Acc<T>;
   using V = Vec<A>;
-  constexpr int64_t W = kLanes<A>;
   const A scale = 1 / static_cast<A>(d.s);
   parallel_for(0, d.n * d.c, std::max<int64_t>(1, kGrain / d.s), [&](int64_t begin, int64_t end) {
     for (int64_t plane = begin; plane < end; ++plane) {
       const T* image = x + plane * d.s;
       V sums[4] = {};
-      int64_t i = 0;
-      for (; i + W <= d.s; i += W) sums[i / W % 4] += load(image + i);
-      if (i < d.s) sums[0] += Tail{static_cast<int>(d.s - i)}.load(image + i);
+      for_vectors<4, A>(d.s, [&](int u, int64_t i, auto lanes) { sums[u] += lanes.load(image + i); });
       out[plane] = static_cast<T>(sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3])) * scale);
     }
   });

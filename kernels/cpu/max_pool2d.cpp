@@ -56,36 +56,41 @@ void pool_rows(const T* x, T* out, const Dense& d, const Axis& h, const Axis& w)
   });
 }
 
-// Down the columns in vectors, then along the row.
+// Down the columns into a row between paddings, then along that row.
 template <class T>
 void pool_planes(const T* x, T* out, const Dense& d, const Axis& h, const Axis& w) {
   using A = Acc<T>;
   using V = Vec<A>;
-  constexpr int64_t W = kLanes<A>;
+  const int64_t reach = (w.out - 1) * w.stride + (w.kernel - 1) * w.dilation + 1;
   const int64_t grain = std::max<int64_t>(1, kGrain / (h.out * w.out * (h.kernel + w.kernel)));
   parallel_for(0, d.n * d.c, grain, [&](int64_t begin, int64_t end) {
-    std::vector<A> columns(w.size + W);
+    std::vector<A> padded(std::max(w.padding + w.size, reach), kLowest<A>), best(w.out);
     for (int64_t plane = begin; plane < end; ++plane) {
       const T* image = x + plane * h.size * w.size;
       for (int64_t oh = 0; oh < h.out; ++oh) {
         const int64_t first = h.first(oh), last = h.last(oh);
-        const auto down = [&](int64_t k, auto lanes) {
-          V best = splat(kLowest<A>);
-          for (int64_t i = first; i < last; ++i) best = max_nan<V>(best, lanes.load(image + h.at(oh, i) * w.size + k));
-          store(columns.data() + k, best);
-        };
-        int64_t k = 0;
-        for (; k + W <= w.size; k += W) down(k, Full{});
-        if (k < w.size) down(k, Tail{static_cast<int>(w.size - k)});
-        T* to = out + (plane * h.out + oh) * w.out;
-        for (int64_t ow = 0; ow < w.out; ++ow) {
-          A best = kLowest<A>;
-          for (int64_t j = w.first(ow); j < w.last(ow); ++j) {
-            const A value = columns[w.at(ow, j)];
-            best = value > best || value != value ? value : best;
-          }
-          to[ow] = static_cast<T>(best);
+        for_vectors<1, A>(w.size, [&](int, int64_t k, auto lanes) {
+          V column = splat(kLowest<A>);
+          for (int64_t i = first; i < last; ++i)
+            column = max_nan<V>(column, lanes.load(image + h.at(oh, i) * w.size + k));
+          lanes.store(padded.data() + w.padding + k, column);
+        });
+        std::fill(best.begin(), best.end(), kLowest<A>);
+        for (int64_t j = 0; j < w.kernel; ++j) {
+          const A* from = padded.data() + j * w.dilation;
+          const auto along = [&](auto stride) {
+            for (int64_t ow = 0; ow < w.out; ++ow) {
+              const A a = best[ow], b = from[ow * stride];
+              best[ow] = b > a || b != b ? b : a;
+            }
+          };
+          if (w.stride == 2)
+            along(std::integral_constant<int64_t, 2>{});
+          else
+            along(w.stride);
         }
+        T* to = out + (plane * h.out + oh) * w.out;
+        for (int64_t ow = 0; ow < w.out; ++ow) to[ow] = static_cast<T>(best[ow]);
       }
     }
   });

@@ -69,10 +69,12 @@ inline Vec<double> load(const double* p) {
   return v;
 }
 
+inline Vec<float> from_bfloat16(Ushort v) { return bits<Vec<float>>(__builtin_convertvector(v, Uint) << 16); }
+
 inline Vec<float> load(const BFloat16* p) {
   Ushort v;
   std::memcpy(&v, p, sizeof v);
-  return bits<Vec<float>>(__builtin_convertvector(v, Uint) << 16);
+  return from_bfloat16(v);
 }
 
 inline Vec<float> load(const Half* p) {
@@ -94,8 +96,7 @@ inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
 inline void store(BFloat16* p, Vec<float> v) {
   const Uint u = bits<Uint>(v);
   const Uint rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  const Uint nan = (u >> 16) | 0x40;
-  const Ushort out = __builtin_convertvector(v == v ? rounded : nan, Ushort);
+  const Ushort out = __builtin_convertvector(v == v ? rounded : Uint{} + 0x7fc0, Ushort);
   std::memcpy(p, &out, sizeof out);
 }
 
@@ -123,18 +124,40 @@ struct Full {
 
 struct Tail {
   int n;
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  Vec<float> load(const float* p) const { return _mm512_maskz_loadu_ps(mask(), p); }
+  Vec<double> load(const double* p) const { return _mm512_maskz_loadu_pd(mask(), p); }
+  Vec<float> load(const BFloat16* p) const {
+    return from_bfloat16(bits<Ushort>(_mm256_maskz_loadu_epi16(mask(), p)));
+  }
+  Vec<float> load(const Half* p) const {
+    return _mm512_maskz_cvtph_ps(0xffff, _mm256_maskz_loadu_epi16(mask(), p));
+  }
+  void store(float* p, Vec<float> v) const { _mm512_mask_storeu_ps(p, mask(), v); }
+  void store(double* p, Vec<double> v) const { _mm512_mask_storeu_pd(p, mask(), v); }
+  template <class T>
+  void store(T* p, Vec<float> v) const {
+    T whole[kLanes<float>];
+    fastres::store(whole, v);
+    _mm256_mask_storeu_epi16(p, mask(), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(whole)));
+  }
+
+ private:
+  uint16_t mask() const { return static_cast<uint16_t>((1u << n) - 1); }
+#else
   template <class T>
   Vec<Acc<T>> load(const T* p) const {
-    T buffer[kLanes<Acc<T>>] = {};
-    std::memcpy(static_cast<void*>(buffer), p, n * sizeof(T));
-    return fastres::load(buffer);
+    T whole[kLanes<Acc<T>>] = {};
+    std::memcpy(static_cast<void*>(whole), p, n * sizeof(T));
+    return fastres::load(whole);
   }
   template <class T>
   void store(T* p, Vec<Acc<T>> v) const {
-    T buffer[kLanes<Acc<T>>];
-    fastres::store(buffer, v);
-    std::memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
+    T whole[kLanes<Acc<T>>];
+    fastres::store(whole, v);
+    std::memcpy(static_cast<void*>(p), whole, n * sizeof(T));
   }
+#endif
 };
 
 // Lanes from n on become 0, so that a tail may be summed.
@@ -144,8 +167,20 @@ inline Vec<A> keep(Vec<A> v, Full) {
 }
 template <class A>
 inline Vec<A> keep(Vec<A> v, Tail tail) {
-  for (int i = tail.n; i < kLanes<A>; ++i) v[i] = 0;
-  return v;
+  Vec<A> index;
+  for (int i = 0; i < kLanes<A>; ++i) index[i] = static_cast<A>(i);
+  return index < static_cast<A>(tail.n) ? v : Vec<A>{};
+}
+
+// f(accumulator, offset, lanes) over n elements; neighbouring vectors get different accumulators, 0 to U - 1.
+template <int U, class A, class F>
+inline void for_vectors(int64_t n, const F& f) {
+  constexpr int64_t W = kLanes<A>;
+  int64_t i = 0;
+  for (; i + U * W <= n; i += U * W)
+    for (int u = 0; u < U; ++u) f(u, i + u * W, Full{});
+  for (; i + W <= n; i += W) f(0, i, Full{});
+  if (i < n) f(0, i, Tail{static_cast<int>(n - i)});
 }
 
 template <class A>
@@ -155,6 +190,11 @@ inline A sum(Vec<A> v) {
   for (int half = kLanes<A> / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+}
+
+template <class V, int U>
+inline const auto* lanes_of(const V (&v)[U]) {
+  return reinterpret_cast<const std::decay_t<decltype(v[0][0])>*>(v);  // vectors may alias their elements
 }
 
 // A NaN on either side wins, as in PyTorch.
