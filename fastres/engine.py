@@ -175,7 +175,7 @@ class Engine:
         elif self.options.tune == "measure":
             from fastres.plan.measure import Measure
 
-            cost_model = Measure(graph, self.constants, key.device)
+            cost_model = Measure(key.device)
         backends = None if self.options.backend == "auto" else (self.options.backend,)
         target = detect(key.device)
         return planner.make_plan(

@@ -93,7 +93,15 @@ def capture(module: nn.Module, normalize: tuple[tuple[float, ...], tuple[float, 
 def _trace(module: nn.Module, opaque: frozenset[nn.Module]) -> tuple[torch.fx.Graph, nn.Module]:
     root = nn.Sequential(module) if known.is_layer(module) or known.has_hooks(module) else module
     root.training = module.training
-    return _Tracer(opaque).trace(root), root
+    # a forward may keep what it computed on `self`: a trace must leave no proxies there
+    before = [(m, dict(m.__dict__)) for m in root.modules()]
+    try:
+        return _Tracer(opaque).trace(root), root
+    finally:
+        for m, state in before:
+            if m.__dict__.keys() != state.keys() or any(m.__dict__[key] is not state[key] for key in state):
+                m.__dict__.clear()
+                m.__dict__.update(state)
 
 
 def _refusing_child(module: nn.Module, opaque: dict[nn.Module, str]) -> tuple[nn.Module, str] | None:

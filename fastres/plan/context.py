@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -49,9 +49,9 @@ class Context:
         self.runs = 0
         self._count = 1 + max(plan.shapes.values, default=0)
         self._allocate()
-        self._steps = self._build()
+        self._steps = self._unjoined = self._build()
         self._joined = False
-        self._values: Values = [None] * self._count
+        self.values: Values = [None] * self._count
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -98,7 +98,7 @@ class Context:
         steps: list[Step] = []
         for index, segment in enumerate(plan.segments):
             if segment.candidate is None:
-                steps.append(_EvaluateStep(segment.nodes[0], plan.dtype, self.device, deaths[index]))
+                steps.append(_EvaluateStep(segment, plan.dtype, self.device, deaths[index]))
                 continue
             for name, value in segment.match.inputs:
                 if value not in ready:
@@ -127,7 +127,20 @@ class Context:
 
     def run(self, inputs: tuple[Any, ...]) -> Any:
         """The graph's outputs for `inputs` (tensors of the shapes that the plan is for)."""
-        values = self._values
+        self._set(inputs)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            self._execute(self.values)
+        self.runs += 1
+        results = self.results()
+        if not self.static_inputs:
+            for value in self.plan.graph.inputs:
+                self.values[value] = None
+        return results
+
+    def _set(self, inputs: tuple[Any, ...]) -> None:
+        values = self.values
         for value, x in zip(self.plan.graph.inputs, inputs, strict=True):
             if self.static_inputs and isinstance(x, Tensor):
                 held = values[value]
@@ -136,24 +149,24 @@ class Context:
                 held.copy_(x)
             else:
                 values[value] = x
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            self._execute(values)
-        self.runs += 1
-        results = self.results()
-        if not self.static_inputs:
-            for value in self.plan.graph.inputs:
-                values[value] = None
-        return results
+
+    def observe(self, inputs: tuple[Any, ...]) -> Iterator[Segment | None]:
+        """Runs step by step, and yields after each: its segment, or None after a step that only brings a value into
+        form. `values` then holds what the step wrote."""
+        self._set(inputs)
+        if self.counters.numel():
+            self.counters.zero_()
+        for step in self._unjoined:
+            step(self.values)
+            yield step.segment
 
     def replay(self) -> None:
         """Runs again on the inputs that it has, after constants were renewed."""
-        self.graph.replay() if self.graph is not None else self._execute(self._values)
+        self.graph.replay() if self.graph is not None else self._execute(self.values)
 
     def results(self) -> Any:
         """The outputs of the last run, in memory of their own."""
-        outputs = map_refs(lambda ref: self._values[ref.value], self.plan.graph.outputs)
+        outputs = map_refs(lambda ref: self.values[ref.value], self.plan.graph.outputs)
         mine = {self.arena.untyped_storage().data_ptr()} if self.arena.numel() else set()
         mine |= {b.untyped_storage().data_ptr() for b in self.input_buffers()}
         return _own(outputs, mine, everything=self.graph is not None)
@@ -161,7 +174,7 @@ class Context:
     def input_buffers(self) -> list[Tensor]:
         if not self.static_inputs:
             return []
-        return [v for i in self.plan.graph.inputs if isinstance(v := self._values[i], Tensor)]
+        return [v for i in self.plan.graph.inputs if isinstance(v := self.values[i], Tensor)]
 
     def _input_dtype(self, x: Tensor) -> torch.dtype:
         return self.plan.dtype if x.dtype.is_floating_point else x.dtype
@@ -179,7 +192,7 @@ class Context:
         """Captures the next runs as one CUDA graph. The context has run before, so that everything is compiled."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._execute(self._values)
+            self._execute(self.values)
         self.graph = graph
 
 
@@ -194,6 +207,8 @@ def nhwc_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 class _ConvertStep:
     """Brings a value of the user's (or an opaque call's) making into dense channels_last in the compute type."""
 
+    segment = None
+
     def __init__(self, value: int, dtype: torch.dtype):
         self.value, self.dtype = value, dtype
 
@@ -204,10 +219,10 @@ class _ConvertStep:
 class _EvaluateStep:
     """A node that no kernel takes: PyTorch's own call, under autocast where the compute type is narrower."""
 
-    def __init__(self, node: Node, dtype: torch.dtype, device: torch.device, deaths):
-        self.node, self.deaths = node, deaths
+    def __init__(self, segment: Segment, dtype: torch.dtype, device: torch.device, deaths):
+        self.segment, self.node, self.deaths = segment, segment.nodes[0], deaths
         self.dtype, self.device = dtype, device
-        self.autocast = dtype in (torch.bfloat16, torch.float16) and _has_wider_parameters(node, dtype)
+        self.autocast = dtype in (torch.bfloat16, torch.float16) and _has_wider_parameters(self.node, dtype)
 
     def __call__(self, values: Values) -> None:
         with torch.autocast(self.device.type, self.dtype, enabled=self.autocast, cache_enabled=False):
