@@ -1,0 +1,265 @@
+"""The engine: builds every provider of a case, verifies it against fp64, times those that are right."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Call, Case, Entry, Subject
+from benchmarks.providers import BASELINE
+from benchmarks.providers.base import Provider
+from benchmarks.results import Row
+from benchmarks.scope import Scope
+from fastres.bench import roofline
+from fastres.bench.timing import (
+    Timing,
+    host_overhead,
+    latencies,
+    ratio,
+    rotation,
+    time_gpu_interleaved,
+    time_interleaved,
+)
+from fastres.bench.verify import Errors, allowed, errors
+from fastres.plan.problem import dtype_name
+
+# Wall-clock seconds that are kept for writing files when a run's minutes are over.
+_RESERVE_S = 5.0
+
+
+def entries(case: Case, providers: Sequence[Provider], scope: Scope) -> list[Entry]:
+    """What the providers do at a case, the baseline first."""
+    taking_part = []
+    for provider in providers:
+        if case.level not in provider.levels:
+            continue
+        if scope.size != "full" and not provider.quick:
+            continue
+        if scope.size == "quick" and case.level not in (provider.quick_levels or provider.levels):
+            continue
+        if scope.size == "smoke" and provider.quick_levels is not None:
+            continue
+        taking_part.append(provider.entry(case))
+    return sorted(taking_part, key=lambda entry: entry.provider != BASELINE)
+
+
+def measure(
+    case: Case,
+    providers: Sequence[Provider],
+    scope: Scope,
+    *,
+    deadline: float | None = None,
+    on_entry: Callable[[str], None] = lambda name: None,
+) -> list[Row]:
+    """The rows of one case. A provider that is wrong, fails or does not apply gets a row without a time.
+
+    Args:
+        deadline: `time.monotonic()` after which nothing more is begun.
+        on_entry: called with each provider's name before it is built.
+    """
+    wanted = entries(case, providers, scope)
+    rows = {entry.provider: _row(case, entry.provider) for entry in wanted}
+    late = deadline is not None and time.monotonic() > deadline - _RESERVE_S
+    mode = torch.no_grad if case.level in ("op", "training", "host") else torch.inference_mode
+    if not late and any(not entry.skip for entry in wanted):
+        subject = case.make()
+        reference = subject.reference()
+        with mode():
+            calls = _verified(case, subject, reference, wanted, rows, deadline, on_entry)
+            _time(case, subject, calls, rows, scope)
+    for entry in wanted:
+        row = rows[entry.provider]
+        if entry.skip:
+            row.status, row.reason = "skipped", entry.skip
+            on_entry(entry.provider)
+        elif late:
+            row.status, row.reason = "skipped", "left out: the run's time was over"
+            on_entry(entry.provider)
+    _clean_up(case)
+    return list(rows.values())
+
+
+def _row(case: Case, provider: str) -> Row:
+    row = Row(
+        case.level,
+        case.name,
+        case.problem,
+        case.model,
+        case.count,
+        case.batch,
+        dtype_name(case.dtype),
+        provider,
+        clock="call" if case.clock == "kernel" and case.device.type != "cuda" else case.clock,
+    )
+    row.bytes, row.flops = case.bytes, case.flops
+    return row
+
+
+def _verified(
+    case: Case,
+    subject: Subject,
+    reference: list[Tensor],
+    wanted: Sequence[Entry],
+    rows: dict[str, Row],
+    deadline: float | None,
+    on_entry: Callable[[str], None],
+) -> dict[str, tuple[Call, Entry]]:
+    """The calls whose outputs are right; the others' rows say why not."""
+    calls: dict[str, tuple[Call, Entry]] = {}
+    limit: float | None = None
+    for entry in wanted:
+        if entry.skip:
+            continue
+        on_entry(entry.provider)
+        row = rows[entry.provider]
+        if deadline is not None and time.monotonic() > deadline - _RESERVE_S:
+            row.status, row.reason = "skipped", "left out: the run's time was over"
+            continue
+        try:
+            found, call = _first_calls(case, subject, reference, entry, row)
+        except NotImplementedError as error:
+            row.status, row.reason = "skipped", _short(error)
+            continue
+        except Exception as error:
+            row.status, row.reason = "failed", f"{type(error).__name__}: {_short(error)}"
+            continue
+        row.error, row.max_abs_error, row.argmax = found.relative, found.absolute, found.argmax
+        if limit is None:
+            # The baseline comes first; where it could not run, machine precision alone decides.
+            baseline = found if entry.provider == BASELINE else Errors(0.0, 0.0, None)
+            limit = allowed(baseline, case.dtype)
+        row.error_allowed = limit
+        if not found.relative <= limit:
+            row.status = "wrong"
+            row.reason = f"error {found.relative:.2e} against fp64, allowed {limit:.2e}"
+            continue
+        calls[entry.provider] = (call, entry)
+    return calls
+
+
+def _first_calls(
+    case: Case, subject: Subject, reference: list[Tensor], entry: Entry, row: Row
+) -> tuple[Errors, Call]:
+    cuda = case.device.type == "cuda"
+    inputs = entry.inputs(subject.inputs)
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    call = entry.build(subject)
+    out = call(*inputs)
+    if cuda:
+        torch.cuda.synchronize()
+    row.first_call_s = time.perf_counter() - start
+    found = errors(out, reference)
+    # A later call may take another path (a captured graph, a replayed plan): it is checked as well.
+    for _ in range(2):
+        out = call(*inputs)
+    again = errors(out, reference)
+    if cuda:
+        row.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return max(found, again, key=lambda e: e.relative), call
+
+
+def _time(
+    case: Case,
+    subject: Subject,
+    calls: dict[str, tuple[Call, Entry]],
+    rows: dict[str, Row],
+    scope: Scope,
+) -> None:
+    if not calls:
+        return
+    seconds = scope.seconds * len(calls)
+    if case.clock == "host":
+        timings = {
+            name: host_overhead(
+                partial(call, *entry.inputs(subject.inputs)),
+                rounds=5 if scope.size == "smoke" else 20,
+                device=case.device,
+            )
+            for name, (call, entry) in calls.items()
+        }
+    elif case.clock == "kernel" and case.device.type == "cuda":
+        timings = _kernel_timings(subject, calls, seconds)
+    else:
+        fns = {name: _rotating(subject, *given) for name, given in calls.items()}
+        least = 3 if scope.size == "smoke" else 5
+        timings = time_interleaved(
+            fns, budget_s=seconds, warmup_s=0.1 * scope.seconds, min_rounds=least, device=case.device
+        )
+    roof = roofline.measure(case.device, case.dtype)
+    for name, timing in timings.items():
+        row = rows[name]
+        _fill(row, case, timing, roof)
+        if BASELINE in timings:
+            speedup = ratio(timings[BASELINE], timing)
+            row.speedup, row.speedup_p20, row.speedup_p80 = speedup.median, speedup.p20, speedup.p80
+        if case.level == "model":
+            call, entry = calls[name]
+            single = latencies(
+                partial(call, *entry.inputs(subject.inputs)),
+                budget_s=0.4 * scope.seconds,
+                min_calls=3 if scope.size == "smoke" else 10,
+                device=case.device,
+            )
+            row.latency_p50_ms, row.latency_p99_ms = single.median, single.percentile(0.99)
+        if case.level in ("model", "training"):
+            row.images_s = case.batch / timing.median * 1e3
+
+
+def _kernel_timings(
+    subject: Subject, calls: dict[str, tuple[Call, Entry]], seconds: float
+) -> dict[str, Timing]:
+    out_bytes = sum(t.numel() * t.element_size() // 4 for t in subject.reference())
+    nbytes = sum(x.numel() * x.element_size() for x in subject.inputs) + out_bytes
+    copies = [
+        tuple(x.clone() for x in subject.inputs) for _ in range(rotation(nbytes, subject.inputs[0].device))
+    ]
+    launches = {
+        name: [partial(call, *entry.inputs(inputs)) for inputs in copies]
+        for name, (call, entry) in calls.items()
+    }
+    graph = {name: entry.capturable for name, (_, entry) in calls.items()}
+    return time_gpu_interleaved(launches, budget_s=seconds, graph=graph)
+
+
+def _rotating(subject: Subject, call: Call, entry: Entry) -> Callable[[], object]:
+    nbytes = sum(x.numel() * x.element_size() for x in subject.inputs)
+    n = rotation(nbytes, subject.inputs[0].device, most=4)
+    copies = [entry.inputs(subject.inputs)]
+    copies += [entry.inputs(tuple(x.clone() for x in subject.inputs)) for _ in range(n - 1)]
+    turn: Iterator[tuple[Tensor, ...]] = itertools.cycle(copies)
+    return lambda: call(*next(turn))
+
+
+def _fill(row: Row, case: Case, timing: Timing, roof: roofline.Roofline) -> None:
+    row.median_ms, row.p20_ms, row.p80_ms = timing.median, timing.p20, timing.p80
+    row.rounds = timing.n
+    row.copy_gb_s, row.matmul_tflop_s = roof.copy / 1e9, roof.matmul / 1e12
+    if case.clock == "host":
+        return
+    row.gb_s = case.bytes / timing.median / 1e6
+    row.tflop_s = case.flops / timing.median / 1e9
+    row.floor_ms = sum(roof.floor_ms(nbytes, flops) for nbytes, flops in case.parts)
+    row.roofline = row.floor_ms / timing.median
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _clean_up(case: Case) -> None:
+    # Dynamo keeps compiled code per code object, and stops compiling after a few modules of one class.
+    torch._dynamo.reset()
+    gc.collect()
+    if case.device.type == "cuda":
+        torch.cuda.empty_cache()

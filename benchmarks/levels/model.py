@@ -1,0 +1,49 @@
+"""Whole networks on photographs: throughput, latency, first call, peak memory."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.case import Case, Subject, to_device
+from benchmarks.scope import Scope
+from benchmarks.shapes import NETWORKS, parts
+from fastres.bench.calibrate import calibrate_bn
+from fastres.bench.models import load_model
+from fastres.bench.photographs import photographs
+
+CALIBRATION_IMAGES = 32
+
+
+def cases(scope: Scope) -> list[Case]:
+    networks = scope.networks or scope.pick(smoke=("resnet18",), quick=("resnet50",), full=NETWORKS)
+    batches = scope.batches or scope.pick(
+        smoke=(2,), quick=(8, 1), cuda_quick=(256, 1, 32), full=(8, 1), cuda_full=(256, 1, 32, 8, 128)
+    )
+    return [
+        case(network, n, scope.image, dtype, scope.device)
+        for network in networks
+        for dtype in scope.dtypes
+        for n in batches
+    ]
+
+
+def case(network: str, n: int, image: int, dtype: torch.dtype, device: torch.device) -> Case:
+    def make() -> Subject:
+        images = photographs(max(n, CALIBRATION_IMAGES), size=image).to(device)
+        module = to_device(load_model(network), device)
+        calibrate_bn(module, images[:CALIBRATION_IMAGES])
+        x = images[:n].to(dtype).contiguous(memory_format=torch.channels_last)
+        return Subject(module, (x,))
+
+    return Case(
+        "model",
+        network,
+        f"n{n} {network} @{image}x{image}",
+        n,
+        dtype,
+        device,
+        parts(network, n, dtype, image),
+        make,
+        model=network,
+        clock="call",
+    )

@@ -1,0 +1,51 @@
+"""OpenVINO on the CPU, converted straight from the PyTorch module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.case import Call, Case, Subject
+from benchmarks.providers.base import Provider, converted
+from benchmarks.providers.missing import missing
+
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+class OpenVino(Provider):
+    name = "OpenVINO"
+    levels = frozenset(("block", "model"))
+    capturable = False
+
+    def skip(self, case: Case) -> str:
+        if case.device.type != "cpu":
+            return "measured on the CPU only"
+        return missing("openvino") or ("" if case.dtype in _NAMES else f"does not take {case.dtype}")
+
+    def inputs(self, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        # It takes and gives fp32, and computes in the case's dtype.
+        return tuple(x.float().contiguous() for x in given)
+
+    def build(self, subject: Subject, case: Case) -> Call:
+        import openvino
+
+        module = converted(subject, case, torch.contiguous_format).float()
+        inputs = self.inputs(subject.inputs)
+        model = openvino.convert_model(module, example_input=inputs)
+        model.reshape([list(x.shape) for x in inputs])
+        config = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "INFERENCE_PRECISION_HINT": _NAMES[case.dtype],
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        request = openvino.compile_model(model, "CPU", config).create_infer_request()
+
+        def run(*given: Tensor):
+            arrays = [x.numpy() for x in given]
+            results = request.infer(arrays, share_inputs=True, share_outputs=True)
+            return [torch.from_numpy(array) for array in results.values()]
+
+        return run
+
+
+PROVIDERS = [OpenVino()]
