@@ -22,7 +22,7 @@ _ALLOWED = 1.5
 @dataclass(frozen=True)
 class LayerError:
     """Of one step, on the inputs that it really had: the worst image's ||out - ref|| / ||ref|| of what arises here,
-    for the plan and for PyTorch in the same type, both against fp64."""
+    for the plan and for PyTorch in the same type and layout, both against fp64."""
 
     layers: tuple[str, ...]
     candidate: str
@@ -87,7 +87,9 @@ def verify(model: nn.Module, x: Tensor, *more: Tensor) -> Verification:
     got = flatten(model(*inputs))
     wide_inputs, narrow_inputs, dtype = _inputs(engine, original, inputs)
     wide = flatten(_plain(copy.deepcopy(original).double(), wide_inputs))
-    narrow = flatten(_plain(copy.deepcopy(original).to(dtype), narrow_inputs))
+    # in the layout that the plan computes in: PyTorch's convolutions round differently in NCHW
+    narrow_model = copy.deepcopy(original).to(dtype).to(memory_format=torch.channels_last)
+    narrow = flatten(_plain(narrow_model, tuple(map(_channels_last, narrow_inputs))))
     layers = () if state is not None and state.parts is not None else tuple(_layers(engine, original, inputs))
     return Verification(_worst(got, wide), _worst(narrow, wide), layers)
 
@@ -101,6 +103,10 @@ def _inputs(engine: Engine, original: nn.Module, inputs: tuple[Tensor, ...]):
         wide = [normalize(inputs[0], *engine.options.normalize, torch.float64), *rounded[1:]]
         return tuple(wide), (wide[0].to(dtype), *rounded[1:]), dtype
     return tuple(t.double() if t.is_floating_point() else t for t in rounded), tuple(rounded), dtype
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 def _plain(original: nn.Module, inputs: tuple[Tensor, ...]) -> Any:

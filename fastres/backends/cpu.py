@@ -16,6 +16,7 @@ class Pool(Candidate):
     backend = "cpu"
     source = "kernels/cpu"
     allocates = True
+    efficiency = 1.0
 
     def __init__(self, name: str, pattern: Pattern):
         self.name, self.pattern = name, pattern

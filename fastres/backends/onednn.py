@@ -34,6 +34,7 @@ _POST_OPS_AFTER_SUM = ("identity", "relu")
 class OneDnn(Candidate):
     backend = "onednn"
     allocates = True
+    efficiency = 1.0
 
     def accepts(self, problem: Problem, target: Target) -> str | None:
         if target.kind != "cpu":

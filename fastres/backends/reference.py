@@ -90,6 +90,7 @@ class Reference(Candidate):
     backend = "reference"
     source = "torch.nn.functional"
     allocates = True
+    efficiency = 1 / 3
 
     def __init__(self, pattern: Pattern):
         self.pattern = pattern
@@ -103,7 +104,7 @@ class Reference(Candidate):
         alone = [
             Problem(problem.pattern, ((role, spec),), problem.dtype, (f"{role}.x",), (role,)) for role, spec in problem.layers
         ]
-        return sum(3 * super(Reference, self).estimate_ms(layer, target) + 0.02 for layer in alone)
+        return sum(super(Reference, self).estimate_ms(layer, target) + 0.02 for layer in alone)
 
     def prepare(self, problem: Problem, config, parameters: Mapping[str, LayerParameters]):
         return {role: folded_constants(spec, parameters[role], problem.dtype) for role, spec in problem.layers}
