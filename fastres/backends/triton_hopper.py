@@ -1,0 +1,3 @@
+"""The Hopper family (Gluon: TMA, mbarriers, wgmma): importing this registers its candidates."""
+
+from fastres.backends import triton_hopper_block, triton_hopper_conv  # noqa: F401

@@ -1,0 +1,160 @@
+"""What the Hopper candidates share: who may run them, TMA descriptors, the bound kernel call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres.graph.fold import LayerParameters
+from fastres.plan.candidate import Candidate
+from fastres.plan.problem import ConvSpec, Problem, Target, dtype_name
+
+# 227 KB a block on compute capability 9.0 (CUDA C++ Programming Guide, table of compute capabilities).
+SHARED_MEMORY = 232_448
+# Constants that tiles read past the last channel are padded to a multiple of the widest tile.
+_PADDED = 256
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel with its arguments resolved; calling it launches it on the current stream."""
+
+    kernel: Any
+    grid: int
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+    def __call__(self) -> None:
+        self.kernel[(self.grid,)](**self.arguments, **self.options)
+
+
+class HopperCandidate(Candidate):
+    """Subclasses name their kernel in `kernel` and build its `Call` in `call`."""
+
+    backend = "hopper"
+    # Share of the roofline that its prototype reached, for `estimate_ms`.
+    efficiency = 0.85
+
+    def accepts(self, problem: Problem, target: Target) -> str | None:
+        return unfit(problem, target) or self.refuses(problem, target)
+
+    def refuses(self, problem: Problem, target: Target) -> str | None:
+        """The reason why this kernel cannot compute `problem` on a Hopper with a known Triton; None if it
+        can."""
+        raise NotImplementedError
+
+    def estimate_ms(self, problem: Problem, target: Target) -> float:
+        """floor / efficiency + 3 us for filling and draining a persistent kernel's pipeline (an
+        assumption)."""
+        floor = target.floor_ms(problem)
+        return super().estimate_ms(problem, target) if floor is None else floor / self.efficiency + 3e-3
+
+    def call(self, problem: Problem, config: Any, buffers: Any, constants: Any) -> Call:
+        raise NotImplementedError
+
+    def bind(self, problem: Problem, config: Any, buffers: Any, constants: Any) -> Call:
+        return self.call(problem, config, buffers, constants)
+
+
+def unfit(problem: Problem, target: Target) -> str | None:
+    if target.kind != "cuda":
+        return f"needs a CUDA device, this is {target.kind}"
+    if target.capability != 90:
+        return f"needs compute capability 9.0 (TMA, wgmma), this is {target.arch}"
+    if target.triton is None:
+        return "needs Triton, which is not installed"
+    if target.triton < (3, 6):
+        return f"needs Triton 3.6 or newer, this is {target.triton[0]}.{target.triton[1]}"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"takes bf16 and fp16, this is {dtype_name(problem.dtype)}"
+    return None
+
+
+def unfit_layer(spec: ConvSpec) -> str | None:
+    """What no Hopper kernel of this project computes."""
+    if spec.groups != 1:
+        return f"{spec.groups} groups: computes dense convolutions only"
+    if spec.act.kind == "gelu":
+        return "gelu: erf spills registers beside the accumulators"
+    if spec.c % 8 or spec.k % 8:
+        return f"{spec.c} -> {spec.k} channels: TMA takes rows of whole 16 bytes, multiples of 8 channels"
+    return None
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; 132, an H100's, where there is no device (descriptors in tests)."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def descriptor(tensor: Tensor, shape: list[int], block: list[int], strides: list[int] | None = None) -> Any:
+    """A TMA descriptor of `tensor`'s memory seen as `shape` (contiguous unless `strides`), in boxes of
+    `block`."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    if strides is None:
+        strides = [1]
+        for size in reversed(shape[1:]):
+            strides.insert(0, strides[0] * size)
+    layout = NVMMASharedLayout(
+        min(128, block[-1] * tensor.element_size()), 8 * tensor.element_size(), len(block)
+    )
+    return TensorDescriptor(tensor, list(shape), list(strides), list(block), layout)
+
+
+def memory(activation: Tensor) -> Tensor:
+    """A channels_last activation [N, C, H, W] as its bytes lie: contiguous [N, H, W, C]."""
+    return activation.permute(0, 2, 3, 1)
+
+
+def padded(vector: Tensor) -> Tensor:
+    """fp32 with zeros up to a multiple of the widest tile: tiles read it without a mask."""
+    return torch.nn.functional.pad(vector.float(), (0, -vector.numel() % _PADDED)).contiguous()
+
+
+def krsc(weight: Tensor, dtype: torch.dtype, slab: int = 1) -> Tensor:
+    """[K, C, R, S] → [K, R * S * C'] in `dtype`, each tap's channels padded with zeros to a multiple of
+    `slab`."""
+    weight = weight.permute(0, 2, 3, 1).to(dtype)
+    weight = torch.nn.functional.pad(weight, (0, -weight.shape[-1] % slab))
+    return weight.reshape(weight.shape[0], -1).contiguous()
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One convolution's constants: weights [K, R * S * C'] in the compute type, fp32 scale and shift."""
+
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+
+
+def prepare_layer(parameters: LayerParameters, dtype: torch.dtype, slab: int) -> Layer:
+    """The original weights, rounded once; BN stays in fp32 in the epilogue, which is more exact than
+    folding it."""
+    scale, shift = parameters.scale_shift()
+    return Layer(krsc(parameters.weight, dtype, slab), padded(scale), padded(shift))
+
+
+def prepare_folded(parameters: LayerParameters, dtype: torch.dtype, slab: int) -> Layer:
+    """BN folded into the weights in fp32 and rounded once: for accumulators that take two inputs."""
+    weight, shift = parameters.folded()
+    return Layer(krsc(weight, dtype, slab), padded(torch.ones_like(shift)), padded(shift))
+
+
+def prepare_layers(
+    problem: Problem, parameters: Mapping[str, LayerParameters], slab: int = 64
+) -> dict[str, Layer]:
+    return {
+        role: prepare_layer(parameters[role], problem.dtype, slab)
+        for role, spec in problem.layers
+        if isinstance(spec, ConvSpec)
+    }

@@ -1,0 +1,104 @@
+"""y = act(x w^T + h v^T + shift): a stage's first expand (over h) and its projection shortcut (over x,
+stride 1 or 2) as one GEMM over two inputs. The shortcut tensor is never written, nor read.
+
+The consumers are conv_bn_act's; the ring carries x's channel slabs first, then h's, in stages of one size.
+w and v carry their BN's scale: one accumulator takes both. Rows of x at stride 2 come through the view
+[rows, 1, 2, W/2, 2C].
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from .hopper_common import SLOTS, claim, schedule
+from .hopper_conv_bn_act import consumer, load_x, tile_place
+
+
+@gluon.jit
+def producer(
+    x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken, tiles, columns,
+    C: gl.constexpr, CH: gl.constexpr, STRIDE: gl.constexpr, TN: gl.constexpr, TW: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    step = 0
+    k = 0
+    tile = claim(ticket, posted, taken, k, 1)
+    while tile < tiles:
+        pn, tn, _, tw = tile_place(tile, columns, 1, NTW)
+        for kb in range(C // BK):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, x_desc.block_type.nbytes + w_desc.block_type.nbytes)
+            load_x(x_desc, bar, x_buf.index(stage), tn * TN, 0, tw * TW, 0, 0, kb * BK, C, STRIDE, 1, 0, 0)
+            tma.async_copy_global_to_shared(w_desc, [pn * BN, kb * BK], bar, w_buf.index(stage))
+            step += 1
+        for kb in range(CH // BK):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, h_desc.block_type.nbytes + v_desc.block_type.nbytes)
+            dst = x_buf.index(stage)._reinterpret(x_buf.dtype, h_desc.block_type.shape, h_desc.layout)
+            tma.async_copy_global_to_shared(h_desc, [tn * TN, 0, tw * TW, kb * BK], bar, dst)
+            tma.async_copy_global_to_shared(v_desc, [pn * BN, kb * BK], bar, w_buf.index(stage))
+            step += 1
+        k += 1
+        tile = claim(ticket, posted, taken, k, 1)
+
+
+@gluon.jit(do_not_specialize=["tiles", "columns"])
+def dual_kernel(
+    counter, x_desc, w_desc, h_desc, v_desc, y_desc, scale, shift, slope, tiles, columns,
+    C: gl.constexpr, CH: gl.constexpr, STRIDE: gl.constexpr, TN: gl.constexpr, TW: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, CONSUMERS: gl.constexpr,
+    STAGED: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+):  # fmt: skip
+    """counter: int32 [1], zero. w [K, C], v [K, CH], scale (ones) and shift: fp32, padded to a multiple of
+    BN."""
+    WARPS: gl.constexpr = gl.num_warps()
+    KB: gl.constexpr = C // BK
+    EXTRA: gl.constexpr = CH // BK
+    dtype: gl.constexpr = x_desc.dtype
+    x_buf = gl.allocate_shared_memory(dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
+    w_buf = gl.allocate_shared_memory(dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
+    y_buf = gl.allocate_shared_memory(dtype, [CONSUMERS * STAGED] + y_desc.block_type.shape, y_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ticket = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    posted = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(order.index(i), count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    for i in gl.static_range(SLOTS):
+        mbarrier.init(posted.index(i), count=1)
+        mbarrier.init(taken.index(i), count=2)
+    fence_async_shared()
+    # Neither a residual nor resident weights: `order` stands in for barriers that the consumer does not
+    # touch.
+    # fmt: off
+    if CONSUMERS == 1:
+        gl.warp_specialize([
+            (consumer, (0, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order, order, order,
+                ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1, NTW, STAGES, 0,
+                ACT, 0, CONSUMERS, STAGED, WARPS, 0)),
+            (producer, (x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken, tiles, columns,
+                C, CH, STRIDE, TN, TW, BN, BK, NTW, STAGES)),
+            (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC)),
+        ], [1, 1], [PRODUCER_REGS, PRODUCER_REGS])
+    else:
+        gl.warp_specialize([
+            (consumer, (0, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order, order, order,
+                ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1, NTW, STAGES, 0,
+                ACT, 0, CONSUMERS, STAGED, WARPS, 0)),
+            (consumer, (1, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order, order, order,
+                ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1, NTW, STAGES, 0,
+                ACT, 0, CONSUMERS, STAGED, WARPS, 0)),
+            (producer, (x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken, tiles, columns,
+                C, CH, STRIDE, TN, TW, BN, BK, NTW, STAGES)),
+            (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC)),
+        ], [WARPS, 1, 1], [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS])
+    # fmt: on
