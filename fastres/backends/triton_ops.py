@@ -1,0 +1,211 @@
+"""The raw elementwise primitives on CUDA, by Triton: names and meaning as on the other devices.
+
+Tensors x, residual, grad, out are dense, NCHW-contiguous or channels_last, [N, C, *spatial], all with equal
+strides; statistics and parameters are [C], fp32 (fp64 for fp64 x). Outputs are given; scratch memory for the
+two-stage reductions comes from PyTorch's allocator. Nothing is checked here: that is done by the callers.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres.backends.triton_portable.launch import interpreted
+from fastres.kernels.triton import add_relu as _add_relu
+from fastres.kernels.triton import bn_act as _bn_act
+
+_BLOCK = 2048  # elements a program of 4 warps: 16 a thread, two 16-byte loads in bf16
+_PROGRAMS = (
+    8 * 132
+)  # of a reduction: eight for each multiprocessor of an H100; fixed, so that bits do not vary
+_WARPS = 4
+
+
+def add_relu(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = max(a + b, 0); out may be a or b."""
+    n = a.numel()
+    _launch(_add_relu.add_relu_fwd_kernel, -(-n // _BLOCK), a, b, out, n, _BLOCK)
+
+
+def add_relu_backward(grad: Tensor, out: Tensor, grad_in: Tensor) -> None:
+    """grad_in = grad where out > 0 (or NaN), else 0; grad_in may be grad."""
+    n = out.numel()
+    _launch(_add_relu.add_relu_bwd_kernel, -(-n // _BLOCK), grad, out, grad_in, n, _BLOCK)
+
+
+def bn_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Mean and biased variance of each channel."""
+    s = _Shape(x)
+    chunks, chunk = s.chunks()
+    part = torch.empty((2, chunks, s.c), dtype=mean.dtype, device=x.device)
+    _launch(
+        _bn_act.bn_stats_kernel,
+        chunks * s.c_tiles,
+        *(x, part[0], part[1], s.m, s.c, s.hw, chunk),
+        *(s.channels_last, s.wide, s.block_m, s.block_c),
+    )
+    programs, block_j, block_c = _merge(s.c, chunks)
+    _launch(
+        _bn_act.bn_stats_merge_kernel,
+        programs,
+        *(part[0], part[1], mean, var, s.m, s.c, chunk, chunks, block_j, block_c),
+    )
+
+
+def bn_act(
+    x: Tensor, residual: Tensor | None, scale: Tensor, shift: Tensor, act: int, act_param: float, out: Tensor
+) -> None:
+    """out = act(x * scale[c] + shift[c] + residual); out may be x."""
+    s = _Shape(x)
+    _launch(
+        _bn_act.bn_act_fwd_kernel,
+        -(-s.m // s.block_m) * s.c_tiles,
+        *(x, x if residual is None else residual, scale, shift, out, s.m, s.c, s.hw),
+        *(act, act_param, residual is not None),
+        *(s.channels_last, s.wide, s.block_m, s.block_c),
+    )
+
+
+def bn_act_backward_reduce(
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    out: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act: int,
+    act_param: float,
+    sum_dy: Tensor,
+    sum_dy_xhat: Tensor,
+) -> None:
+    """sum_dy = sum dz, sum_dy_xhat = sum dz * xhat, with dz = grad * act'(z), xhat = (x - mean) * invstd."""
+    s = _Shape(x)
+    chunks, chunk = s.chunks()
+    part = torch.empty((2, chunks, s.c), dtype=mean.dtype, device=x.device)
+    _launch(
+        _bn_act.bn_act_bwd_reduce_kernel,
+        chunks * s.c_tiles,
+        *(grad, x, _or(residual, x), _or(out, x), mean, invstd, _or(weight, mean), _or(bias, mean)),
+        *(part[0], part[1], s.m, s.c, s.hw, chunk),
+        *(act, act_param, residual is not None, out is not None, weight is not None, bias is not None),
+        *(s.channels_last, s.wide, s.block_m, s.block_c),
+    )
+    programs, block_j, block_c = _merge(s.c, chunks)
+    _launch(
+        _bn_act.bn_act_bwd_merge_kernel,
+        programs,
+        *(part[0], part[1], sum_dy, sum_dy_xhat, s.c, chunks, block_j, block_c),
+    )
+
+
+def bn_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    out: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    act: int,
+    act_param: float,
+    mean_dy: Tensor | None,
+    mean_dy_xhat: Tensor | None,
+    grad_x: Tensor,
+    grad_residual: Tensor | None,
+) -> None:
+    """grad_x = weight * invstd * (dz - mean_dy - xhat * mean_dy_xhat), grad_residual = dz; without `mean_dy`
+    the statistics are constants. grad_x or grad_residual may be grad."""
+    s = _Shape(x)
+    _launch(
+        _bn_act.bn_act_bwd_kernel,
+        -(-s.m // s.block_m) * s.c_tiles,
+        *(grad, x, _or(residual, x), _or(out, x), mean, invstd, _or(weight, mean), _or(bias, mean)),
+        *(_or(mean_dy, mean), _or(mean_dy_xhat, mean), grad_x, _or(grad_residual, grad_x), s.m, s.c, s.hw),
+        *(act, act_param, residual is not None, out is not None, weight is not None, bias is not None),
+        *(mean_dy is not None, grad_residual is not None),
+        *(s.channels_last, s.wide, s.block_m, s.block_c),
+    )
+
+
+class _Shape:
+    """How a tensor is cut into tiles of [block_m rows, block_c channels]."""
+
+    def __init__(self, x: Tensor):
+        n, c = x.shape[:2]
+        self.c, self.hw = c, math.prod(x.shape[2:])
+        self.m = n * self.hw
+        # Channels last: the channels are what lies side by side (or there is one element a plane).
+        self.channels_last = self.hw == 1 or (c > 1 and x.stride(1) == 1)
+        if self.channels_last:
+            self.block_c = min(_pow2(c), 64)
+            self.block_m = _BLOCK // self.block_c
+        else:
+            self.block_c, self.block_m = 1, min(_BLOCK, max(_pow2(self.m), 32))
+        self.c_tiles = -(-c // self.block_c)
+        self.wide = x.numel() >= 2**31
+
+    def chunks(self) -> tuple[int, int]:
+        """(how many, rows of each) for a reduction."""
+        tiles = -(-self.m // self.block_m)
+        chunks = min(tiles, max(1, _PROGRAMS // self.c_tiles))
+        chunk = -(-tiles // chunks) * self.block_m
+        return -(-self.m // chunk), chunk
+
+
+def _merge(c: int, chunks: int) -> tuple[int, int, int]:
+    """(programs, parts a step, channels a program) of a second stage: 32-byte rows, few dependent steps."""
+    block_c = min(_pow2(c), 8)
+    return -(-c // block_c), min(_pow2(chunks), 256), block_c
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """A kernel argument that is not read: any tensor of the right kind."""
+    return other if tensor is None else tensor
+
+
+def _pow2(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+_compiled: dict[tuple, Any] = {}
+
+
+@cache
+def _constexprs(kernel: Any) -> tuple[bool, ...]:
+    return tuple(parameter.is_constexpr for parameter in kernel.params)
+
+
+def _launch(kernel: Any, programs: int, *args: Any) -> None:
+    """`kernel[(programs,)](*args)` at less host time (see triton_portable/launch.py)."""
+    if not programs:
+        return
+    if interpreted():
+        kernel[(programs,)](*args, num_warps=_WARPS)
+        return
+    from triton.runtime.driver import driver
+
+    index = torch.cuda.current_device()
+    key = [kernel, index]
+    for arg, constant in zip(args, _constexprs(kernel), strict=True):
+        if constant:
+            key.append(arg)
+        elif isinstance(arg, Tensor):
+            key.append((arg.dtype, arg.data_ptr() % 16))
+        else:
+            # What Triton specialises an integer by: 1, divisible by 16, 32 bits.
+            key.append((arg == 1, arg % 16 == 0, arg < 2**31))
+    compiled = _compiled.get(key := tuple(key))
+    if compiled is None:
+        compiled = kernel.warmup(*args, grid=(1,), num_warps=_WARPS)
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        _compiled[key] = compiled
+    stream = driver.active.get_current_stream(index)
+    run = compiled.run
+    run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
