@@ -1,8 +1,8 @@
-"""The CUDA kernels as functions: schemas of `torch.ops.fastres_cuda`, the primitives, and launching by records.
+"""The CUDA kernels as functions: schemas of `torch.ops.fastres_cuda`, the primitives, launching by records.
 
-The primitives mean what fastres/ops/torch_primitives.py says; device code is in kernels/cuda. A *record* is a kernel
-call that is ready to go (function, grid, parameters with pointers), 1536 bytes of CPU memory; C++ launches a row of
-them in one call, each overlapping its start with the end of the one before where the GPU can.
+The primitives mean what fastres/ops/torch_primitives.py says; device code is in kernels/cuda. A *record* is a
+kernel call that is ready to go (function, grid, parameters with pointers), 1536 bytes of CPU memory; C++ launches
+a row of them in one call, each overlapping its start with the end of the one before where the GPU can.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ _SCHEMAS = (
     f"bn_act_backward({_BACKWARD.format(x='?')}, Tensor? mean_dy, Tensor? mean_dy_xhat, Tensor(a!) grad_x, "
     "Tensor(b!)? grad_residual) -> ()",
     "run_records(Tensor records, int device) -> ()",
+    # geometry: filter height and width, stride, padding, dilation (height, width each), groups.
+    "sm80_conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out, "
+    "Tensor? workspace, Tensor? counters, int[] geometry, int act, float act_param, int block_m, int block_n, "
+    "int splits, Tensor(a!) record) -> ()",
 )
 for _schema in _SCHEMAS:
     _LIB.define(_schema)

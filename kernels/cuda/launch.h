@@ -14,7 +14,16 @@
 #include <cuda_runtime.h>
 #endif
 
+#ifdef __CUDACC__
+#define FASTRES_BOTH __host__ __device__
+#else
+#define FASTRES_BOTH
+#endif
+
 namespace fastres {
+
+FASTRES_BOTH constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTRES_BOTH constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Element types, by the code that crosses the C++ boundary.
 enum class Type : int { kBf16, kFp16, kFp32, kFp64 };

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "launch.h"
 #include "ptx.cuh"
 
 namespace fastres {
@@ -54,8 +55,5 @@ template <class T, int V>
 FASTRES_DEVICE void store(T* p, const Pack<T, V>& pack) {
   *reinterpret_cast<Pack<T, V>*>(p) = pack;
 }
-
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-__host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 }  // namespace fastres

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
 KERNELS = ROOT / "kernels" / "cuda"
 EMULATOR = Path(__file__).parent / "emulator"
 _FLAGS = (
-    "-O1 -std=c++20 -fPIC -w -fno-strict-aliasing -DFASTRES_EMULATOR -DTORCH_TARGET_VERSION=0x020a000000000000"
+    "-O2 -mavx2 -mfma -mf16c -std=c++20 -fPIC -w -fno-strict-aliasing -DFASTRES_EMULATOR -DTORCH_TARGET_VERSION=0x020a000000000000"
 ).split()
 
 

@@ -123,13 +123,13 @@ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
         for (int i = 0; i < 2; ++i) b[(t + i * 4) * kPer + h][g] = half_of(io.b[i], h, T{});
       }
     }
-    for (int lane = 0; lane < 32; ++lane) {
-      float* d = static_cast<Io*>(slot[lane])->d;
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        double sum = 0;
-        for (int k = 0; k < 8 * kPer; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
-        d[i] = static_cast<float>(d[i] + sum);
+    for (int row = 0; row < 16; ++row) {
+      double sum[8] = {};
+      for (int k = 0; k < 8 * kPer; ++k)
+        for (int n = 0; n < 8; ++n) sum[n] += static_cast<double>(a[row][k]) * b[k][n];
+      for (int n = 0; n < 8; ++n) {
+        float& d = static_cast<Io*>(slot[row % 8 * 4 + n / 2])->d[row / 8 * 2 + n % 2];
+        d = static_cast<float>(d + sum[n]);
       }
     }
   });

@@ -1,0 +1,116 @@
+// torch.ops.fastres_cuda: records of the convolution kernels.
+#include "conv.h"
+#include "tensor.h"
+
+namespace fastres {
+namespace {
+
+using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
+
+void write_record(const Record& made, const Tensor& record) {
+  FASTRES_CHECK(record.is_cpu() && record.is_contiguous() && record.scalar_type() == ScalarType::Byte &&
+                    record.numel() == sizeof(Record),
+                "record must be uint8 on the CPU, ", sizeof(Record), " bytes");
+  std::memcpy(record.data_ptr(), &made, sizeof made);
+}
+
+void check_nhwc(const Tensor& t, const char* name) {
+  FASTRES_CHECK(t.dim() == 4 && is_dense(t, true), name, " must be a dense channels_last [N, C, H, W] tensor, it has ",
+                shape_of(t.sizes()), " with the strides ", shape_of(t.strides()));
+  FASTRES_CHECK(t.numel() < int64_t{1} << 31, name, " has ", t.numel(), " elements, fewer than 2^31 are taken");
+  FASTRES_CHECK(reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name, " must be 16-byte aligned");
+}
+
+// geometry: filter height and width, stride, padding, dilation (height, width each), groups.
+ConvShape conv_shape(const Tensor& x, const Tensor& out, Ints geometry) {
+  FASTRES_CHECK(geometry.size() == 9, "geometry has ", geometry.size(), " numbers, expected 9");
+  for (size_t i = 0; i < 9; ++i)
+    FASTRES_CHECK(geometry[i] >= (i == 4 || i == 5 ? 0 : 1) && geometry[i] < 1 << 15, "geometry[", i, "] is ",
+                  geometry[i]);
+  const auto g = [&](int i) { return static_cast<int>(geometry[i]); };
+  const auto xs = x.sizes(), ys = out.sizes();
+  ConvShape v{};
+  v.n = static_cast<int>(xs[0]), v.c = static_cast<int>(xs[1]), v.h = static_cast<int>(xs[2]);
+  v.w = static_cast<int>(xs[3]);
+  v.k = static_cast<int>(ys[1]), v.p = static_cast<int>(ys[2]), v.q = static_cast<int>(ys[3]);
+  v.r = g(0), v.s = g(1), v.stride_h = g(2), v.stride_w = g(3), v.pad_h = g(4), v.pad_w = g(5);
+  v.dilation_h = g(6), v.dilation_w = g(7), v.groups = g(8);
+  FASTRES_CHECK(v.c % v.groups == 0 && v.k % v.groups == 0, v.groups, " groups do not divide ", v.c, " and ", v.k);
+  const auto extent = [](int size, int kernel, int stride, int padding, int dilation) {
+    const int span = size + 2 * padding - dilation * (kernel - 1) - 1;
+    return span < 0 ? 0 : span / stride + 1;
+  };
+  const int p = extent(v.h, v.r, v.stride_h, v.pad_h, v.dilation_h);
+  const int q = extent(v.w, v.s, v.stride_w, v.pad_w, v.dilation_w);
+  FASTRES_CHECK(ys[0] == xs[0] && v.p == p && v.q == q, "out has the shape ", shape_of(ys), ", expected [", v.n, ", ",
+                v.k, ", ", p, ", ", q, "]");
+  return v;
+}
+
+void sm80_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
+                      const Optional& residual, const Tensor& out, const Optional& workspace, const Optional& counters,
+                      Ints geometry, int64_t act, double act_param, int64_t block_m, int64_t block_n, int64_t splits,
+                      const Tensor& record) {
+  check_device(x, "x");
+  check_nhwc(x, "x");
+  check_same_device(out, x, "out");
+  check_nhwc(out, "out");
+  const Type type = type_of(x, "x");
+  FASTRES_CHECK_TYPE(type != Type::kFp64, "x is float64, expected float32, bfloat16 or float16");
+  FASTRES_CHECK_TYPE(type_of(out, "out") == type, "out differs from x in type");
+  ConvBnAct p{};
+  p.shape = conv_shape(x, out, geometry);
+  FASTRES_CHECK(x.numel() > 0 && out.numel() > 0, "x and out must not be empty");
+  FASTRES_CHECK(act >= 0 && act < 8, "act is ", act, ", expected a code from 0 to 7");
+  const int per_chunk = 16 / static_cast<int>(type == Type::kFp32 ? 4 : 2);
+  const int64_t row = round_up(p.shape.depth(), per_chunk);
+  check_same_device(weight, x, "weight");
+  FASTRES_CHECK_TYPE(type_of(weight, "weight") == type, "weight differs from x in type");
+  check_shape(weight, {p.shape.k, row}, "weight");
+  FASTRES_CHECK(weight.is_contiguous() && reinterpret_cast<uintptr_t>(weight.data_ptr()) % 16 == 0,
+                "weight must be contiguous and 16-byte aligned");
+  check_channels(scale, x, p.shape.k, "scale");
+  check_channels(shift, x, p.shape.k, "shift");
+  if (residual) {
+    check_same_device(*residual, x, "residual");
+    check_nhwc(*residual, "residual");
+    FASTRES_CHECK_TYPE(type_of(*residual, "residual") == type, "residual differs from x in type");
+    check_shape(*residual, {p.shape.n, p.shape.k, p.shape.p, p.shape.q}, "residual");
+  }
+  const int64_t steps = ceil_div(p.shape.depth(), 4 * per_chunk);
+  FASTRES_CHECK(splits >= 1 && splits <= steps, "splits is ", splits, ", expected 1 to ", steps);
+  FASTRES_CHECK(block_m > 0 && block_n > 0, "block_m and block_n must be positive");
+  const ConvTiles tiles = ConvTiles::of(p.shape, static_cast<int>(block_m), static_cast<int>(block_n),
+                                        static_cast<int>(splits));
+  FASTRES_CHECK(tiles.blocks() < int64_t{1} << 31, "more than 2^31 blocks");
+  if (splits > 1) {
+    FASTRES_CHECK(workspace && counters, "splits > 1 needs a workspace and counters");
+    check_scratch(*workspace, x, tiles.blocks() * block_m * block_n * 4, "workspace");
+    check_same_device(*counters, x, "counters");
+    FASTRES_CHECK_TYPE(counters->scalar_type() == ScalarType::Int, "counters must be int32");
+    FASTRES_CHECK(counters->is_contiguous() && counters->numel() >= tiles.tiles(), "counters has ", counters->numel(),
+                  " entries, needs ", tiles.tiles());
+  }
+  p.x = pointer(x), p.weight = pointer(weight), p.residual = pointer(residual), p.out = pointer(out);
+  p.scale = static_cast<const float*>(pointer(scale)), p.shift = static_cast<const float*>(pointer(shift));
+  p.partial = static_cast<float*>(pointer(workspace)), p.counters = static_cast<int*>(pointer(counters));
+  p.weight_row = static_cast<int>(row), p.act = static_cast<int>(act), p.act_param = static_cast<float>(act_param);
+#ifndef FASTRES_EMULATOR
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+#endif
+  Record made;
+  try {
+    made = sm80_conv_record(p, type, static_cast<int>(block_m), static_cast<int>(block_n), static_cast<int>(splits));
+  } catch (const std::invalid_argument& e) {
+    fail("ValueError: ", e.what());
+  }
+  allow_overlap(made);
+  write_record(made, record);
+}
+
+}  // namespace
+}  // namespace fastres
+
+STABLE_TORCH_LIBRARY_IMPL(fastres_cuda, CompositeExplicitAutograd, m) {
+  m.impl("sm80_conv_bn_act", TORCH_BOX(&fastres::sm80_conv_bn_act));
+}
