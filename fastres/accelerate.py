@@ -103,18 +103,20 @@ class Accelerated:
             if kwargs or graph is None or isinstance(graph, CaptureError):
                 return type(original).forward(original, *args, **kwargs)
             return engine.plain(graph, args)
-        if not original.training:
-            check_inputs(original, args, engine.options)
         try:
             if kwargs:
                 raise CaptureError("it was called with keyword arguments")
             graph = engine.graph(original)
             if len(args) != len(graph.inputs):
-                raise CaptureError(f"it was called with {len(args)} arguments, its graph takes {len(graph.inputs)}")
+                raise CaptureError(
+                    f"it was called with {len(args)} arguments, its graph takes {len(graph.inputs)}"
+                )
         except CaptureError as error:
             return self._by_parts(error, args, kwargs)
         if plannable(original, args, kwargs):
             return engine(original, args)
+        if not original.training:
+            check_inputs(original, args, engine.options)
         if not original.training and not state.warned and wants_gradient(original, args):
             state.warned = True
             warnings.warn(
@@ -132,7 +134,12 @@ class Accelerated:
         state.why = str(error)
         if engine.renew_structure(state.original) or state.parts is None:
             state.parts = _parts(state.original, engine.options)
-        if engine.options.normalize is not None and args and isinstance(args[0], Tensor) and args[0].dtype == torch.uint8:
+        if (
+            engine.options.normalize is not None
+            and args
+            and isinstance(args[0], Tensor)
+            and args[0].dtype == torch.uint8
+        ):
             dtype = engine.compute_dtype(state.original, args[0].device)
             args = (normalize_images(args[0], *engine.options.normalize, dtype), *args[1:])
         return type(state.original).forward(state.parts, *args, **kwargs)
@@ -264,9 +271,13 @@ def _normalize_option(normalize: Any) -> tuple[tuple[float, ...], tuple[float, .
     try:
         mean, std = (tuple(float(v) for v in part) for part in normalize)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"normalize: got {normalize!r}, takes (mean, std), each one number a channel") from error
+        raise ValueError(
+            f"normalize: got {normalize!r}, takes (mean, std), each one number a channel"
+        ) from error
     if len(mean) != len(std) or not mean or not all(std):
-        raise ValueError(f"normalize: mean has {len(mean)} entries, std {len(std)}; takes as many, and no zero std")
+        raise ValueError(
+            f"normalize: mean has {len(mean)} entries, std {len(std)}; takes as many, and no zero std"
+        )
     return mean, std
 
 

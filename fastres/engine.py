@@ -65,6 +65,7 @@ class Engine:
 
     def _clear(self) -> None:
         self.watch: Watch | None = None
+        self._facts: _Facts | None = None
         self.graphs: dict[bool, Graph | CaptureError] = {}
         self.plans: OrderedDict[Key, Plan] = OrderedDict()
         self.dropped: dict[tuple[str, Problem], str] = {}
@@ -81,32 +82,42 @@ class Engine:
     # -- the call ----------------------------------------------------------------------------------------------------
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
-        """The module's inference result for positional `inputs`. `applies` said that it may be planned."""
-        key = self._key(module, inputs)
-        fresh = self._renew(module, check_tensors=key.device.type != "cuda")
-        graph = self.graph(module)
-        if any(isinstance(x, Tensor) and x.shape[:1] == (0,) for x in inputs):
-            return self.plain(graph, inputs)
+        """The module's inference result for positional `inputs`. `plannable` said that it may be planned."""
+        ahead = self.watch is not None and any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
+        if not ahead:
+            self._renew(module)
         while True:
-            context = self._take(key, graph, inputs)
+            self._check(module, inputs)
+            key = self._key(inputs)
+            if any(isinstance(x, Tensor) and x.shape[:1] == (0,) for x in inputs):
+                return self.plain(self.graph(module), inputs)
+            context = self._take(key, module, inputs)
             try:
-                with torch.inference_mode(False), torch.no_grad(), torch.autocast(key.device.type, enabled=False):
+                with (
+                    torch.inference_mode(False),
+                    torch.no_grad(),
+                    torch.autocast(key.device.type, enabled=False),
+                ):
                     result = self._run(context, inputs)
-                    if key.device.type == "cuda" and not fresh and not self.watch.same_tensors():
-                        # asked while the device works; what was stale is prepared again and run again
-                        self.refold()
-                        if context.generation != self.constants.generation:
-                            continue
-                        context.replay()
-                        result = context.results()
-                self._give_back(key, context)
-                return result
             except CandidateFailed as failure:
                 self._drop(failure)
+                continue
+            # asked while a GPU works: what was stale is prepared again and run again
+            if not ahead or (self.watch.same_structure() and self.watch.same_tensors()):
+                self._give_back(key, context)
+                return result
+            self._give_back(key, context)
+            self._renew(module)
+            ahead = False
 
     def _run(self, context: Context, inputs: tuple[Any, ...]) -> Any:
         wants_graph = self.options.graphs != "off" and context.static_inputs and not context.graph_refused
-        if wants_graph and context.graph is None and context.runs >= 1 and not torch.cuda.is_current_stream_capturing():
+        if (
+            wants_graph
+            and context.graph is None
+            and context.runs >= 1
+            and not torch.cuda.is_current_stream_capturing()
+        ):
             try:
                 context.capture()
             except CandidateFailed:
@@ -146,9 +157,13 @@ class Engine:
 
     def plan_for(self, module: nn.Module, inputs: tuple[Any, ...]) -> Plan:
         """The plan that inputs like these run; made now if there is none."""
-        key = self._key(module, inputs)
         self._renew(module)
-        return self._plan(key, self.graph(module), inputs)
+        return self._plan(self.key(module, inputs), self.graph(module), inputs)
+
+    def key(self, module: nn.Module, inputs: tuple[Any, ...]) -> Key:
+        """What the plan for inputs like these is kept under."""
+        self._renew(module)
+        return self._key(inputs)
 
     def _plan(self, key: Key, graph: Graph, inputs: tuple[Any, ...]) -> Plan:
         with self._lock:
@@ -182,7 +197,7 @@ class Engine:
             graph, shapes, key.dtype, target, key.flags, cost_model, backends or env.backends(), self.dropped
         )
 
-    def _take(self, key: Key, graph: Graph, inputs: tuple[Any, ...]) -> Context:
+    def _take(self, key: Key, module: nn.Module, inputs: tuple[Any, ...]) -> Context:
         """An idle context for this key and stream, or a new one."""
         stream = torch.cuda.current_stream(key.device).cuda_stream if key.device.type == "cuda" else 0
         with self._lock:
@@ -192,7 +207,7 @@ class Engine:
                 if context.generation == self.constants.generation:
                     context.slot = (key, stream)
                     return context
-            plan = self._plan(key, graph, inputs)
+            plan = self._plan(key, self.graph(module), inputs)
         context = Context(plan, self.constants, key.device, static_inputs=key.device.type == "cuda")
         context.slot = (key, stream)
         return context
@@ -216,24 +231,25 @@ class Engine:
         log.warning("%s; the next best runs instead", str(failure).splitlines()[0])
         with self._lock:
             reason = str(failure.error).strip().splitlines()
-            self.dropped[segment.candidate.name, segment.problem] = f"failed: {reason[0] if reason else failure.error!r}"
+            self.dropped[segment.candidate.name, segment.problem] = (
+                f"failed: {reason[0] if reason else failure.error!r}"
+            )
             self.plans.clear()
             self._idle.clear()
 
     # -- staleness ---------------------------------------------------------------------------------------------------
 
-    def _renew(self, module: nn.Module, check_tensors: bool = True) -> bool:
-        """Brings graphs and constants up to date; true if the tensors are known to be so now."""
+    def _renew(self, module: nn.Module, check_tensors: bool = True) -> None:
+        """Brings graphs, constants and facts up to date."""
         with self._lock:
             if self.watch is not None and not self.watch.same_structure():
                 self._clear()
             if self.watch is None:
                 self.watch = Watch(module)
-                return True
-            if check_tensors and not self.watch.same_tensors():
+                self._facts = _Facts.of(module)
+            elif check_tensors and not self.watch.same_tensors():
                 self.refold()
-                return True
-            return check_tensors
+                self._facts = _Facts.of(module)
 
     def renew_structure(self, module: nn.Module) -> bool:
         """Forgets graphs of a structure that has changed; true if it had, or was never looked at."""
@@ -254,9 +270,8 @@ class Engine:
         with self._lock:
             self._clear()
 
-    def _key(self, module: nn.Module, inputs: tuple[Any, ...]) -> Key:
-        tensors = [x for x in inputs if isinstance(x, Tensor)]
-        device = tensors[0].device
+    def _key(self, inputs: tuple[Any, ...]) -> Key:
+        device = next(x.device for x in inputs if isinstance(x, Tensor))
         flags = []
         if device.type == "cuda":
             if torch.backends.cudnn.allow_tf32:
@@ -264,15 +279,39 @@ class Engine:
             if torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic:
                 flags.append("deterministic")
         shapes = tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else ((), type(x)) for x in inputs)
-        return Key(shapes, device, self.compute_dtype(module, device), tuple(flags), torch.get_num_threads())
+        dtype = self._compute_dtype(self._facts.dtype, device)
+        return Key(shapes, device, dtype, tuple(flags), torch.get_num_threads())
+
+    def _check(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """`check_inputs`, skipped for the one input that a network usually has, where it is what the parameters are."""
+        first, facts = inputs[0], self._facts
+        usual = len(inputs) == 1 and isinstance(first, Tensor) and self.options.normalize is None
+        if not (usual and first.dtype == facts.dtype and first.device == facts.device):
+            check_inputs(module, inputs, self.options)
 
     def compute_dtype(self, module: nn.Module, device: torch.device) -> torch.dtype:
         """`Options.dtype`, else autocast's, else the parameters' type."""
+        return self._compute_dtype(parameter_dtype(module), device)
+
+    def _compute_dtype(self, parameters: torch.dtype, device: torch.device) -> torch.dtype:
         if self.options.dtype is not None:
             return self.options.dtype
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
-        return parameter_dtype(module)
+        return parameters
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is asked about a module's parameters at every call, read once."""
+
+    dtype: torch.dtype
+    device: torch.device | None
+
+    @classmethod
+    def of(cls, module: nn.Module) -> _Facts:
+        first = next(module.parameters(), None)
+        return cls(parameter_dtype(module), None if first is None else first.device)
 
 
 def parameter_dtype(module: nn.Module) -> torch.dtype:
@@ -313,9 +352,13 @@ def check_inputs(module: nn.Module, inputs: tuple[Any, ...], options: Options) -
         name = "x" if position == 0 else f"input {position}"
         if position == 0 and options.normalize is not None:
             if x.dtype != torch.uint8:
-                raise TypeError(f"{name}: normalize=(mean, std) takes uint8 images, got {dtype_name(x.dtype)}")
+                raise TypeError(
+                    f"{name}: normalize=(mean, std) takes uint8 images, got {dtype_name(x.dtype)}"
+                )
         elif x.dtype not in FLOATS:
-            hint = "; for uint8 images give accelerate normalize=(mean, std)" if x.dtype == torch.uint8 else ""
+            hint = (
+                "; for uint8 images give accelerate normalize=(mean, std)" if x.dtype == torch.uint8 else ""
+            )
             raise TypeError(f"{name}: got {dtype_name(x.dtype)}, takes a floating-point tensor{hint}")
         parameter = next(module.parameters(), None)
         if parameter is not None and parameter.device != x.device:
@@ -327,5 +370,3 @@ def check_inputs(module: nn.Module, inputs: tuple[Any, ...], options: Options) -
                     f"{name}: got {dtype_name(x.dtype)}, the parameters are {dtype_name(wanted)}; "
                     f"give accelerate dtype=… or use autocast to compute in another type"
                 )
-
-

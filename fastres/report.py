@@ -67,9 +67,14 @@ class Report:
         """Every candidate that could have begun at `layer`, and why it did not run there."""
         for row in self.rows:
             if layer in row.layers:
-                lines = [f"{layer}: {row.candidate} ({row.source}) {row.config}", *(f"  {n}: {w}" for n, w in row.others)]
+                lines = [
+                    f"{layer}: {row.candidate} ({row.source}) {row.config}",
+                    *(f"  {n}: {w}" for n, w in row.others),
+                ]
                 return "\n".join(lines)
-        raise ValueError(f"layer: {layer!r} is in no row; the first is {self.rows[0].layers[0] if self.rows else 'none'}")
+        raise ValueError(
+            f"layer: {layer!r} is in no row; the first is {self.rows[0].layers[0] if self.rows else 'none'}"
+        )
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -112,7 +117,9 @@ def report(module: nn.Module, inputs: Any, measure: bool) -> Report:
     if inputs is not None:
         _run(module, inputs)
     if not engine.plans:
-        return Report(name, notes=[f"{name}: no plan yet; call the model in eval mode without gradients first"])
+        return Report(
+            name, notes=[f"{name}: no plan yet; call the model in eval mode without gradients first"]
+        )
     key, plan = next(reversed(engine.plans.items()))
     return of_plan(plan, key=key, engine=engine if measure else None, name=name)
 
@@ -149,7 +156,17 @@ def _row(segment: Segment, ms: float | None, target: Target) -> Row:
     candidate = segment.candidate
     text = problem.layer_key.removeprefix(problem.pattern).strip()
     return Row(
-        layers, text, candidate.name, candidate.source, config, ms, cost.ms, cost.kind, target.floor_ms(problem), "", others
+        layers,
+        text,
+        candidate.name,
+        candidate.source,
+        config,
+        ms,
+        cost.ms,
+        cost.kind,
+        target.floor_ms(problem),
+        "",
+        others,
     )
 
 

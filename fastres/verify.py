@@ -79,7 +79,9 @@ def verify(model: nn.Module, x: Tensor, *more: Tensor) -> Verification:
     state = getattr(model, "_fastres", None)
     engine = state.engine if state is not None else getattr(model, "_engine", None)
     if not isinstance(engine, Engine):
-        raise TypeError(f"model: got {type(model).__name__}, takes the result of fastres.accelerate or a fastres network")
+        raise TypeError(
+            f"model: got {type(model).__name__}, takes the result of fastres.accelerate or a fastres network"
+        )
     if model.training:
         raise ValueError("model: is in training mode, takes one in eval mode")
     original = state.original if state is not None else model
@@ -117,7 +119,7 @@ def _plain(original: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
 
 def _layers(engine: Engine, original: nn.Module, inputs: tuple[Tensor, ...]):
     plan = engine.plan_for(original, inputs)
-    key: Key = engine._key(original, inputs)
+    key: Key = engine.key(original, inputs)
     context = Context(plan, engine.constants, key.device, static_inputs=False)
     with torch.inference_mode(False), torch.autocast(key.device.type, enabled=False):
         held: dict[int, Any] = dict(zip(plan.graph.inputs, inputs, strict=True))
@@ -145,7 +147,9 @@ def _layers(engine: Engine, original: nn.Module, inputs: tuple[Tensor, ...]):
 
 
 def _evaluate(nodes: tuple[Node, ...], before: dict[int, Any], dtype: torch.dtype) -> dict[int, Any]:
-    values = {v: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for v, t in before.items()}
+    values = {
+        v: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for v, t in before.items()
+    }
     for node in nodes:
         cast = copy.copy(node)
         for name in ("conv", "bn", "linear"):

@@ -7,7 +7,7 @@ from typing import Any
 import torch.fx
 from torch import Tensor, nn
 
-from ..engine import Engine, check_inputs, plannable
+from ..engine import Engine, plannable
 from ..graph.capture import CaptureError
 
 
@@ -29,10 +29,8 @@ class Planned(nn.Module):
         return self._forward(x)
 
     def _planned(self, x: Tensor) -> Tensor:
-        engine = self._engine
-        check_inputs(self, (x,), engine.options)
         try:
-            return engine(self, (x,))
+            return self._engine(self, (x,))
         except CaptureError:
             return self._forward(x)
 

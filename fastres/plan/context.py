@@ -62,7 +62,9 @@ class Context:
         for segment in plan.segments:
             if segment.candidate is not None and not segment.candidate.allocates:
                 for role, value in segment.match.outputs:
-                    sizes[value] = math.prod(segment.problem.output_shape(role)) * segment.problem.dtype.itemsize
+                    sizes[value] = (
+                        math.prod(segment.problem.output_shape(role)) * segment.problem.dtype.itemsize
+                    )
         offsets, total = layout([Life(v, size, first[v], last[v]) for v, size in sizes.items()])
         writers = [s for s in plan.segments if s.candidate is not None and not s.candidate.allocates]
         counters = [s.candidate.counters(s.problem, s.cost.config) for s in writers]
@@ -85,7 +87,11 @@ class Context:
     @property
     def memory(self) -> int:
         """Bytes that the context holds."""
-        return self.arena.numel() + 4 * self.counters.numel() + (0 if self.workspace is None else self.workspace.numel())
+        return (
+            self.arena.numel()
+            + 4 * self.counters.numel()
+            + (0 if self.workspace is None else self.workspace.numel())
+        )
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -159,10 +165,6 @@ class Context:
         for step in self._unjoined:
             step(self.values)
             yield step.segment
-
-    def replay(self) -> None:
-        """Runs again on the inputs that it has, after constants were renewed."""
-        self.graph.replay() if self.graph is not None else self._execute(self.values)
 
     def results(self) -> Any:
         """The outputs of the last run, in memory of their own."""
@@ -257,7 +259,9 @@ class _AllocatingStep:
     def _bind(self):
         segment = self.segment
         constants = self.context.constants.get(segment)
-        return segment.candidate.bind(segment.problem, segment.cost.config, Buffers({}, donated=self.donated), constants)
+        return segment.candidate.bind(
+            segment.problem, segment.cost.config, Buffers({}, donated=self.donated), constants
+        )
 
 
 class _WritingStep:
@@ -289,7 +293,9 @@ class _WritingStep:
         buffers = Buffers(
             inputs | self.outputs, context._counter_views[id(segment)], context.workspace, self.donated
         )
-        return segment.candidate.bind(segment.problem, segment.cost.config, buffers, context.constants.get(segment))
+        return segment.candidate.bind(
+            segment.problem, segment.cost.config, buffers, context.constants.get(segment)
+        )
 
 
 class _BoundStep:
