@@ -11,7 +11,10 @@ import typer
 from fastres.bench.cli import bench
 
 app = typer.Typer(
-    help="The fastest way to run a ResNet from PyTorch.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
+    help="The fastest way to run a ResNet from PyTorch.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
 )
 app.command()(bench)
 
@@ -28,7 +31,9 @@ def info() -> None:
     from fastres.plan.candidate import REGISTRY
     from fastres.plan.target import detect, triton_version
 
-    typer.echo(f"fastres {fastres.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    typer.echo(
+        f"fastres {fastres.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    )
     triton = triton_version()
     typer.echo(f"triton {'.'.join(map(str, triton)) if triton else 'not installed'}")
     target = detect(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -66,12 +71,16 @@ def _why_not(candidates: list, target) -> str | None:
 @app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="torchvision name, timm:NAME, or a fastres name")] = "resnet50",
-    arch: Annotated[str, typer.Option(help="cpu, sm80 (A100), sm90 (H100) or sm100 (B200): no such device is needed")] = "sm90",
+    arch: Annotated[
+        str, typer.Option(help="cpu, sm80 (A100), sm90 (H100) or sm100 (B200): no such device is needed")
+    ] = "sm90",
     batch: Annotated[int, typer.Option(min=1)] = 256,
     size: Annotated[int, typer.Option(min=1, help="height and width of the images")] = 224,
     dtype: Annotated[str, typer.Option(help="bf16, fp16, fp32")] = "bf16",
     backend: Annotated[str, typer.Option(help="auto, or one family of kernels")] = "auto",
-    why: Annotated[str, typer.Option(help="a layer's name: what else could have run there, and why it does not")] = "",
+    why: Annotated[
+        str, typer.Option(help="a layer's name: what else could have run there, and why it does not")
+    ] = "",
 ) -> None:
     """The cover that the planner chooses for a device on paper, and its predicted time."""
     import torch

@@ -136,7 +136,9 @@ class StemPool(CuDnn):
         # the convolution's output is written and read, and the images are copied
         spec = problem["conv"]
         hidden = 2 * spec.n * spec.k * spec.p * spec.q * problem.dtype.itemsize
-        return super().estimate_ms(problem, target) + (1e3 * hidden / target.bandwidth if target.bandwidth else 0.0)
+        return super().estimate_ms(problem, target) + (
+            1e3 * hidden / target.bandwidth if target.bandwidth else 0.0
+        )
 
     def prepare_key(self, problem: Problem, config):
         return problem.dtype, config
@@ -170,7 +172,15 @@ def rearranged(spec: ConvSpec, config: StemConfig) -> ConvSpec:
     """The convolution that computes `spec` on the rearranged input."""
     if config.form != "depth":
         return ConvSpec(
-            spec.n, config.channels, spec.h, spec.w, spec.k, spec.kernel, spec.stride, spec.padding, act=spec.act
+            spec.n,
+            config.channels,
+            spec.h,
+            spec.w,
+            spec.k,
+            spec.kernel,
+            spec.stride,
+            spec.padding,
+            act=spec.act,
         )
     kernel = tuple(-(-extent // 2) for extent in spec.kernel)
     # squares of the padded input, as many as the filter reads

@@ -55,7 +55,9 @@ def layer(spec: Spec, x: Tensor, residual: Tensor | None, constants: tuple, dtyp
             y = F.adaptive_avg_pool2d(x, 1)
             return y.flatten(1) if spec.flat else y
         case PoolSpec():
-            return F.max_pool2d(x, spec.kernel, spec.stride, spec.padding, spec.dilation, ceil_mode=spec.ceil_mode)
+            return F.max_pool2d(
+                x, spec.kernel, spec.stride, spec.padding, spec.dilation, ceil_mode=spec.ceil_mode
+            )
         case LinearSpec():
             return F.linear(x, *constants)
         case NormalizeSpec():
@@ -102,12 +104,15 @@ class Reference(Candidate):
     def estimate_ms(self, problem: Problem, target: Target) -> float:
         # every layer on its own, with further passes for residual and activation: about three times its least traffic
         alone = [
-            Problem(problem.pattern, ((role, spec),), problem.dtype, (f"{role}.x",), (role,)) for role, spec in problem.layers
+            Problem(problem.pattern, ((role, spec),), problem.dtype, (f"{role}.x",), (role,))
+            for role, spec in problem.layers
         ]
         return sum(super(Reference, self).estimate_ms(layer, target) + 0.02 for layer in alone)
 
     def prepare(self, problem: Problem, config, parameters: Mapping[str, LayerParameters]):
-        return {role: folded_constants(spec, parameters[role], problem.dtype) for role, spec in problem.layers}
+        return {
+            role: folded_constants(spec, parameters[role], problem.dtype) for role, spec in problem.layers
+        }
 
     def bind(self, problem: Problem, config, buffers, constants):
         plan = wires(self.pattern, problem)

@@ -87,6 +87,3 @@ def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype:
     mean_t = torch.tensor(mean, dtype=wide, device=x.device).view(shape)
     std_t = torch.tensor(std, dtype=wide, device=x.device).view(shape)
     return ((x.to(wide) / 255 - mean_t) / std_t).to(dtype)
-
-
-

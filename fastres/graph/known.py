@@ -24,13 +24,20 @@ def qualified_type(module: nn.Module) -> str:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 
 def is_layer(module: nn.Module) -> bool:
     """Layers stay whole in a trace, whatever their class: Conv, BN and their subclasses."""
-    return isinstance(module, (_ConvNd, _NormBase, nn.Linear)) or is_batch_norm(module) or bool(batch_norm_act(module))
+    return (
+        isinstance(module, (_ConvNd, _NormBase, nn.Linear))
+        or is_batch_norm(module)
+        or bool(batch_norm_act(module))
+    )
 
 
 def traces(module: nn.Module) -> bool:
@@ -40,7 +47,11 @@ def traces(module: nn.Module) -> bool:
 
 def is_conv(module: nn.Module) -> bool:
     """An exact nn.Conv2d (parametrized or not) with zero padding that is symmetric."""
-    return exact_type(module) is nn.Conv2d and module.padding_mode == "zeros" and conv_padding(module) is not None
+    return (
+        exact_type(module) is nn.Conv2d
+        and module.padding_mode == "zeros"
+        and conv_padding(module) is not None
+    )
 
 
 def conv_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
@@ -55,16 +66,24 @@ def conv_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """A BN whose arithmetic in eval mode is that of nn.BatchNorm2d over the same four tensors and `eps`."""
-    return exact_type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or qualified_type(module) in (
-        "torchvision.ops.misc.FrozenBatchNorm2d",
-        "timm.layers.norm.FrozenBatchNorm2d",
-        "timm.layers.norm_act.FrozenBatchNormAct2d",
-    ) and batch_norm_act(module) is None
+    return (
+        exact_type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+        or qualified_type(module)
+        in (
+            "torchvision.ops.misc.FrozenBatchNorm2d",
+            "timm.layers.norm.FrozenBatchNorm2d",
+            "timm.layers.norm_act.FrozenBatchNormAct2d",
+        )
+        and batch_norm_act(module) is None
+    )
 
 
 def batch_norm_act(module: nn.Module) -> Activation | None:
     """The activation of timm's BN-with-activation layers, or None where it is no such layer (or one that we don't know)."""
-    if qualified_type(module) not in ("timm.layers.norm_act.BatchNormAct2d", "timm.layers.norm_act.FrozenBatchNormAct2d"):
+    if qualified_type(module) not in (
+        "timm.layers.norm_act.BatchNormAct2d",
+        "timm.layers.norm_act.FrozenBatchNormAct2d",
+    ):
         return None
     if not isinstance(getattr(module, "drop", None), (nn.Identity, type(None))):
         return None

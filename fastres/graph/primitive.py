@@ -132,7 +132,9 @@ class _Translator:
         args, kwargs = self._tree(node.args), self._tree(node.kwargs)
         first = next(iter(refs(args)), None)
         in_place = first is not None and _in_place(node, call)
-        made = kind(name=name, output=self._fresh(), call=call, args=args, kwargs=kwargs, in_place=in_place, **extra)
+        made = kind(
+            name=name, output=self._fresh(), call=call, args=args, kwargs=kwargs, in_place=in_place, **extra
+        )
         self._emit(made, node)
         if in_place:
             # later readers of the first argument see the changed value: the same tensor where it is called as it is
@@ -169,7 +171,13 @@ class _Translator:
 
     @staticmethod
     def _window(node: torch.fx.Node) -> list:
-        names = (("kernel_size", None), ("stride", None), ("padding", 0), ("dilation", 1), ("ceil_mode", False))
+        names = (
+            ("kernel_size", None),
+            ("stride", None),
+            ("padding", 0),
+            ("dilation", 1),
+            ("ceil_mode", False),
+        )
         return [_argument(node, 1 + i, name, default) for i, (name, default) in enumerate(names)]
 
     def _max_pool(self, node, name, x, kernel, stride, padding, dilation, ceil_mode) -> None:
@@ -201,10 +209,14 @@ class _Translator:
             return self._opaque(node, call, name, Flatten)
         flat = self._is_global_mean(node, call)
         if flat is not None:
-            return self._emit(GlobalAvgPool(name=name, output=self._fresh(), x=self._value(tensors[0]), flat=flat), node)
+            return self._emit(
+                GlobalAvgPool(name=name, output=self._fresh(), x=self._value(tensors[0]), flat=flat), node
+            )
         if call is F.max_pool2d and not _argument(node, 6, "return_indices", False):
             return self._max_pool(node, name, tensors[0], *self._window(node))
-        training = {F.dropout: 2, "stochastic_depth": 3}.get(call if call is F.dropout else getattr(call, "__name__", ""))
+        training = {F.dropout: 2, "stochastic_depth": 3}.get(
+            call if call is F.dropout else getattr(call, "__name__", "")
+        )
         if training is not None and not _argument(node, training, "training", True):
             return self._alias(node, tensors[0])
         self._opaque(node, call, name)
@@ -274,7 +286,11 @@ def _in_place(node: torch.fx.Node, call) -> bool:
     name = getattr(call, "__name__", "")
     return (
         bool(node.kwargs.get("inplace", False))
-        or (getattr(call, "__module__", "") in ("_operator", "operator") and name.startswith("i") and name in _IN_PLACE)
+        or (
+            getattr(call, "__module__", "") in ("_operator", "operator")
+            and name.startswith("i")
+            and name in _IN_PLACE
+        )
         or (name.endswith("_") and not name.endswith("__"))
         or (call in _ACT_FUNCTIONS and call is not F.gelu and True in node.args[1:])
     )

@@ -23,7 +23,9 @@ class Watch:
     def __init__(self, root: nn.Module):
         self.modules = list(root.modules())
         self._children = [m._modules for m in self.modules]
-        self._hooks = [h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)]
+        self._hooks = [
+            h for m in self.modules for h in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)
+        ]
         self._tensors = [d for m in self.modules for d in (m._parameters, m._buffers)]
         self._with_eps = [m for m in self.modules if isinstance(getattr(m, "eps", None), float)]
         self._structure = self._read_structure()
@@ -52,7 +54,12 @@ class Watch:
 
     def _read_structure(self):
         children = list(chain.from_iterable(map(dict.values, self._children)))
-        return (children, list(map(len, self._hooks)), list(map(_training, self.modules)), list(map(_eps, self._with_eps)))
+        return (
+            children,
+            list(map(len, self._hooks)),
+            list(map(_training, self.modules)),
+            list(map(_eps, self._with_eps)),
+        )
 
     def _read_tensors(self) -> list[Tensor]:
         return [t for t in chain.from_iterable(map(dict.values, self._tensors)) if t is not None]

@@ -45,7 +45,9 @@ class Measure:
         return best
 
 
-def bind_alone(candidate: Candidate, problem: Problem, config: Any, device: torch.device) -> Callable[[], Any]:
+def bind_alone(
+    candidate: Candidate, problem: Problem, config: Any, device: torch.device
+) -> Callable[[], Any]:
     """The candidate bound to buffers, inputs and parameters of its own (random); ready to be called and timed."""
     with torch.inference_mode(False), torch.no_grad():
         constants = candidate.prepare(problem, config, random_parameters(problem, device))
@@ -54,7 +56,9 @@ def bind_alone(candidate: Candidate, problem: Problem, config: Any, device: torc
             launch = candidate.bind(problem, config, Buffers({}), constants)
             arguments = tuple(inputs.values())
             return lambda: launch(*arguments)
-        outputs = {role: _empty(problem.output_shape(role), problem.dtype, device) for role in problem.outputs}
+        outputs = {
+            role: _empty(problem.output_shape(role), problem.dtype, device) for role in problem.outputs
+        }
         count, scratch = candidate.counters(problem, config), candidate.workspace(problem, config)
         counters = torch.zeros(count, dtype=torch.int32, device=device) if count else None
         workspace = torch.empty(scratch, dtype=torch.uint8, device=device) if scratch else None
@@ -112,7 +116,9 @@ def _node(role: str, spec: Spec, dtype: torch.dtype, device: torch.device) -> No
             return GlobalAvgPool(flat=spec.flat, **common)
         case PoolSpec():
             window = (spec.kernel, spec.stride, spec.padding, spec.dilation)
-            return MaxPool(**dict(zip(("kernel", "stride", "padding", "dilation"), window, strict=True)), **common)
+            return MaxPool(
+                **dict(zip(("kernel", "stride", "padding", "dilation"), window, strict=True)), **common
+            )
 
 
 def _random_input(problem: Problem, name: str, device: torch.device) -> Tensor:

@@ -170,7 +170,9 @@ SHIFTED_BLOCK = Pattern(
         Slot("reduce", Conv, x="expand", optional=True, where=_pointwise_unit),
     ),
 )
-POOL_LINEAR = Pattern("pool_linear", (Slot("pool", GlobalAvgPool, hidden=True), Slot("linear", Linear, x="pool")))
+POOL_LINEAR = Pattern(
+    "pool_linear", (Slot("pool", GlobalAvgPool, hidden=True), Slot("linear", Linear, x="pool"))
+)
 
 PATTERNS = (
     CONV_BN_ACT,

@@ -157,7 +157,9 @@ class _Planner:
         return self.backends is None or candidate.backend in self.backends
 
     def _check_backends(self, segments: list[Segment]) -> None:
-        if self.backends is None or any(s.candidate is not None and self._asked_for(s.candidate) for s in segments):
+        if self.backends is None or any(
+            s.candidate is not None and self._asked_for(s.candidate) for s in segments
+        ):
             return
         reasons = [
             f"{name}: {reason}"

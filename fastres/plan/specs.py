@@ -51,7 +51,11 @@ def propagate(graph: Graph, inputs: tuple[Any, ...], dtype: torch.dtype) -> Shap
     reasons: list[str] = []
     fake = None
     for node in graph.nodes:
-        spec, reason = (None, node.reason or "not a layer that is known") if isinstance(node, Opaque) else _spec(node, values)
+        spec, reason = (
+            (None, node.reason or "not a layer that is known")
+            if isinstance(node, Opaque)
+            else _spec(node, values)
+        )
         if spec is not None:
             x = values[node.inputs[0]]
             values[node.output] = Info(spec.y_shape, dtype, x.device)
@@ -82,7 +86,9 @@ def _spec(node: Node, values: dict[int, Any]) -> tuple[Spec | None, str]:
         case Linear():
             weight = node.linear.weight
             if shape[-1] != weight.shape[1]:
-                raise ShapeError(f"{node.name}: input has {shape[-1]} features, the layer takes {weight.shape[1]}")
+                raise ShapeError(
+                    f"{node.name}: input has {shape[-1]} features, the layer takes {weight.shape[1]}"
+                )
             if len(shape) != 2:
                 return None, f"its input has {len(shape)} dimensions, kernels take 2"
             return LinearSpec(shape[0], shape[1], weight.shape[0], node.linear.bias is not None), ""
@@ -95,13 +101,17 @@ def _spec(node: Node, values: dict[int, Any]) -> tuple[Spec | None, str]:
         case MaxPool():
             spec = PoolSpec(*shape, node.kernel, node.stride, node.padding, node.dilation, node.ceil_mode)
             if min(spec.p, spec.q) < 1:
-                raise ShapeError(f"{node.name}: input {shape[2]}x{shape[3]} is too small: the output would be empty")
+                raise ShapeError(
+                    f"{node.name}: input {shape[2]}x{shape[3]} is too small: the output would be empty"
+                )
             return spec, ""
         case GlobalAvgPool():
             return PoolSpec(*shape, flat=node.flat), ""
         case Normalize():
             if shape[1] != len(node.mean):
-                raise ShapeError(f"normalize: the images have {shape[1]} channels, mean and std have {len(node.mean)}")
+                raise ShapeError(
+                    f"normalize: the images have {shape[1]} channels, mean and std have {len(node.mean)}"
+                )
             return NormalizeSpec(*shape), ""
     return None, "not a layer that is known"
 
@@ -109,7 +119,9 @@ def _spec(node: Node, values: dict[int, Any]) -> tuple[Spec | None, str]:
 def _conv_spec(node: Conv, shape: tuple[int, ...], values: dict[int, Any]) -> tuple[Spec | None, str]:
     conv = node.conv
     if shape[1] != conv.in_channels:
-        raise ShapeError(f"{node.name}: input has {shape[1]} channels (shape {shape}), the layer takes {conv.in_channels}")
+        raise ShapeError(
+            f"{node.name}: input has {shape[1]} channels (shape {shape}), the layer takes {conv.in_channels}"
+        )
     spec = ConvSpec(
         *shape,
         conv.out_channels,
@@ -128,7 +140,10 @@ def _conv_spec(node: Conv, shape: tuple[int, ...], values: dict[int, Any]) -> tu
     if node.residual is not None:
         residual = values[node.residual]
         if not isinstance(residual, Info) or residual.shape != spec.y_shape:
-            return None, f"it adds a value of another shape ({getattr(residual, 'shape', '?')}, not {spec.y_shape})"
+            return (
+                None,
+                f"it adds a value of another shape ({getattr(residual, 'shape', '?')}, not {spec.y_shape})",
+            )
     return spec, ""
 
 
@@ -159,6 +174,3 @@ def _info(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     return Info(tuple(int(size) for size in value.shape), value.dtype, value.device)
-
-
-

@@ -27,7 +27,9 @@ def detect(device: torch.device) -> Target:
     """The target of a device that is here."""
     if device.type == "cuda":
         return _cuda(torch.cuda.current_device() if device.index is None else device.index)
-    return Target(device.type, device.type, _cpu_name() if device.type == "cpu" else "", torch.get_num_threads())
+    return Target(
+        device.type, device.type, _cpu_name() if device.type == "cpu" else "", torch.get_num_threads()
+    )
 
 
 def on_paper(arch: str) -> Target:
@@ -60,7 +62,9 @@ def _cuda(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     arch = f"sm{properties.major}{properties.minor}"
     rates = next((rates for name, rates in _RATES.items() if name in properties.name), (0.0, ()))
-    return Target("cuda", arch, properties.name, properties.multi_processor_count, *rates, triton=triton_version())
+    return Target(
+        "cuda", arch, properties.name, properties.multi_processor_count, *rates, triton=triton_version()
+    )
 
 
 @cache
