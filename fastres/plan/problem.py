@@ -270,13 +270,20 @@ class Problem:
 
     @cached_property
     def bytes(self) -> int:
-        """The least that must move: each input, output and weight once."""
+        """The least that must move: each input that is read, each output and each weight once."""
         size = self.dtype.itemsize
         total = sum(
             math.prod(self.input_shape(name)) * self.input_dtype(name).itemsize for name in self.inputs
         )
         total += sum(math.prod(self.output_shape(role)) for role in self.outputs) * size
         return total + sum(spec.weight_elements for _, spec in self.layers) * size
+
+    def _elements_read(self, name: str) -> int:
+        """A strided 1x1 convolution reads only the pixels that it stands on."""
+        spec = self[name.partition(".")[0]]
+        if name.endswith(".x") and isinstance(spec, ConvSpec) and spec.pointwise:
+            return spec.n * spec.c * spec.p * spec.q
+        return math.prod(self.input_shape(name))
 
     @cached_property
     def key(self) -> str:
