@@ -15,13 +15,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-SLOTS = gl.constexpr(2)
 # As PyTorch's clamps do: a NaN stays one.
 KEEP_NAN = gl.constexpr(tl.PropagateNan.ALL)
 
 
 @gluon.jit
-def claim(ticket, posted, taken, k, WARPS: gl.constexpr):
+def claim(ticket, posted, taken, k, WARPS: gl.constexpr, SLOTS: gl.constexpr):
     """The block's k-th tile; the number of tiles when there is none left."""
     i = k % SLOTS
     mbarrier.wait(posted.index(i), (k // SLOTS) & 1)
@@ -32,7 +31,7 @@ def claim(ticket, posted, taken, k, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def post(ticket, posted, taken, k, tile):
+def post(ticket, posted, taken, k, tile, SLOTS: gl.constexpr):
     i = k % SLOTS
     mbarrier.wait(taken.index(i), ((k // SLOTS) & 1) ^ 1)
     ticket.index(i).store(gl.zeros((1,), gl.int32, gl.BlockedLayout([1], [32], [1], [0])) + tile)
@@ -40,7 +39,9 @@ def post(ticket, posted, taken, k, tile):
 
 
 @gluon.jit
-def schedule(counter, ticket, posted, taken, tiles, columns, ENDS: gl.constexpr, DYNAMIC: gl.constexpr):
+def schedule(
+    counter, ticket, posted, taken, tiles, columns, ENDS: gl.constexpr, DYNAMIC: gl.constexpr, SLOTS: gl.constexpr
+):
     """The scheduler warp: posts tile program_id first, then claimed ones (DYNAMIC) or every
     num_programs-th, and closes with ENDS tickets of value `tiles`.
 
@@ -52,7 +53,7 @@ def schedule(counter, ticket, posted, taken, tiles, columns, ENDS: gl.constexpr,
     k = 0
     tile = gl.program_id(0)
     while tile < tiles:
-        post(ticket, posted, taken, k, tile)
+        post(ticket, posted, taken, k, tile, SLOTS)
         k += 1
         if DYNAMIC:
             claimed = gl.atomic_add(counter + column, 1, sem="relaxed")
@@ -62,7 +63,7 @@ def schedule(counter, ticket, posted, taken, tiles, columns, ENDS: gl.constexpr,
         else:
             tile += gl.num_programs(0)
     for j in gl.static_range(ENDS):
-        post(ticket, posted, taken, k + j, tiles)
+        post(ticket, posted, taken, k + j, tiles, SLOTS)
 
 
 @gluon.jit

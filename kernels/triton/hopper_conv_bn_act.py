@@ -25,7 +25,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_common import SLOTS, activate, claim, schedule
+from .hopper_common import activate, claim, schedule
+
+SLOTS = gl.constexpr(2)
 
 
 @gluon.jit
@@ -111,7 +113,7 @@ def producer(
             )
     step = 0
     k = 0
-    tile = claim(ticket, posted, taken, k, 1)
+    tile = claim(ticket, posted, taken, k, 1, SLOTS)
     while tile < tiles:
         pn, tn, th, tw = tile_place(tile, columns, NTH, NTW)
         r0, rows, s0, cols = taps(th, tw, R, S, NTH, NTW, SKIP)
@@ -137,7 +139,7 @@ def producer(
         if RESIDUAL:
             load_residual(z_desc, y_buf, z_full, z_empty, k, tn * TN, th * TH, tw * TW, pn * BN, SLOTS_Z)
         k += 1
-        tile = claim(ticket, posted, taken, k, 1)
+        tile = claim(ticket, posted, taken, k, 1, SLOTS)
 
 
 @gluon.jit
@@ -164,7 +166,7 @@ def consumer(
     if STATIONARY:
         mbarrier.wait(w_full, 0)
     k = GROUP
-    tile = claim(ticket, posted, taken, k, WARPS)
+    tile = claim(ticket, posted, taken, k, WARPS, SLOTS)
     while tile < tiles:
         pn, tn, th, tw = tile_place(tile, columns, NTH, NTW)
         acc = gl.zeros((BM, BN), gl.float32, ACC)
@@ -216,7 +218,7 @@ def consumer(
             mbarrier.arrive(z_empty.index(freed), count=1, pred=turn >= STAGED - 1)
         turn += 1
         k += CONSUMERS
-        tile = claim(ticket, posted, taken, k, WARPS)
+        tile = claim(ticket, posted, taken, k, WARPS, SLOTS)
     tma.store_wait(0)
 
 
@@ -272,7 +274,7 @@ def conv_bn_act_kernel(
             (producer, (x_desc, w_desc, z_desc, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full,
                 ticket, posted, taken, tiles, columns, C, R, S, STRIDE, DILATION, PAD_H, PAD_W, TN, TH, TW, BN, BK,
                 NTH, NTW, STAGES, RESIDUAL, STATIONARY, CONSUMERS * STAGED, SKIP)),
-            (schedule, (counter, ticket, posted, taken, tiles, own, CONSUMERS, DYNAMIC)),
+            (schedule, (counter, ticket, posted, taken, tiles, own, CONSUMERS, DYNAMIC, SLOTS)),
         ], [1, 1], [PRODUCER_REGS, PRODUCER_REGS])
     else:
         gl.warp_specialize([
@@ -285,6 +287,6 @@ def conv_bn_act_kernel(
             (producer, (x_desc, w_desc, z_desc, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full,
                 ticket, posted, taken, tiles, columns, C, R, S, STRIDE, DILATION, PAD_H, PAD_W, TN, TH, TW, BN, BK,
                 NTH, NTW, STAGES, RESIDUAL, STATIONARY, CONSUMERS * STAGED, SKIP)),
-            (schedule, (counter, ticket, posted, taken, tiles, own, CONSUMERS, DYNAMIC)),
+            (schedule, (counter, ticket, posted, taken, tiles, own, CONSUMERS, DYNAMIC, SLOTS)),
         ], [WARPS, 1, 1], [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS])
     # fmt: on

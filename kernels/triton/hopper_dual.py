@@ -10,8 +10,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .hopper_common import SLOTS, claim, schedule
+from .hopper_common import claim, schedule
 from .hopper_conv_bn_act import consumer, load_x, tile_place
+
+SLOTS = gl.constexpr(2)
 
 
 @gluon.jit
@@ -22,7 +24,7 @@ def producer(
 ):  # fmt: skip
     step = 0
     k = 0
-    tile = claim(ticket, posted, taken, k, 1)
+    tile = claim(ticket, posted, taken, k, 1, SLOTS)
     while tile < tiles:
         pn, tn, _, tw = tile_place(tile, columns, 1, NTW)
         for kb in range(C // BK):
@@ -43,7 +45,7 @@ def producer(
             tma.async_copy_global_to_shared(v_desc, [pn * BN, kb * BK], bar, w_buf.index(stage))
             step += 1
         k += 1
-        tile = claim(ticket, posted, taken, k, 1)
+        tile = claim(ticket, posted, taken, k, 1, SLOTS)
 
 
 @gluon.jit(do_not_specialize=["tiles", "columns"])
@@ -87,7 +89,7 @@ def dual_kernel(
                 ACT, 0, CONSUMERS, STAGED, WARPS, 0)),
             (producer, (x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken, tiles, columns,
                 C, CH, STRIDE, TN, TW, BN, BK, NTW, STAGES)),
-            (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC)),
+            (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC, SLOTS)),
         ], [1, 1], [PRODUCER_REGS, PRODUCER_REGS])
     else:
         gl.warp_specialize([
@@ -99,6 +101,6 @@ def dual_kernel(
                 ACT, 0, CONSUMERS, STAGED, WARPS, 0)),
             (producer, (x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken, tiles, columns,
                 C, CH, STRIDE, TN, TW, BN, BK, NTW, STAGES)),
-            (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC)),
+            (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC, SLOTS)),
         ], [WARPS, 1, 1], [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS])
     # fmt: on

@@ -20,7 +20,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_common import SLOTS, activate, claim, schedule
+from .hopper_common import activate, claim, schedule
+
+SLOTS = gl.constexpr(2)
 
 
 @gluon.jit
@@ -31,7 +33,7 @@ def load_weights(
     """The producer of h and of the weights: SH slots of h a group, SW stages of weights."""
     step = 0
     k = 0
-    tile = claim(ticket, posted, taken, k, 1)
+    tile = claim(ticket, posted, taken, k, 1, SLOTS)
     while tile < tiles:
         for g in gl.static_range(2):
             slot = g * SH + k % SH
@@ -49,7 +51,7 @@ def load_weights(
             tma.async_copy_global_to_shared(wr_desc, [0, c * 64], bar, wr_buf.index(stage))
             step += 1
         k += 1
-        tile = claim(ticket, posted, taken, k, 1)
+        tile = claim(ticket, posted, taken, k, 1, SLOTS)
 
 
 @gluon.jit
@@ -59,7 +61,7 @@ def load_residual(
     """The producer of the residual: SZ slots a group."""
     step = 0
     k = 0
-    tile = claim(ticket, posted, taken, k, 1)
+    tile = claim(ticket, posted, taken, k, 1, SLOTS)
     while tile < tiles:
         for c in range(CHUNKS):
             for g in gl.static_range(2):
@@ -71,7 +73,7 @@ def load_residual(
                 )
             step += 1
         k += 1
-        tile = claim(ticket, posted, taken, k, 1)
+        tile = claim(ticket, posted, taken, k, 1, SLOTS)
 
 
 @gluon.jit
@@ -82,7 +84,7 @@ def store_results(
     """The store warp: gives a slot back when its store has read it."""
     step = 0
     k = 0
-    tile = claim(ticket, posted, taken, k, 1)
+    tile = claim(ticket, posted, taken, k, 1, SLOTS)
     while tile < tiles:
         for c in range(CHUNKS):
             for g in gl.static_range(2):
@@ -101,7 +103,7 @@ def store_results(
             mbarrier.arrive(z_empty.index(g * SZ + (step + SZ - 1) % SZ), count=1)
             mbarrier.arrive(h_empty.index(g * SH + k % SH), count=1)
         k += 1
-        tile = claim(ticket, posted, taken, k, 1)
+        tile = claim(ticket, posted, taken, k, 1, SLOTS)
 
 
 @gluon.jit
@@ -121,7 +123,7 @@ def consumer(
     o_r = gl.arange(0, C, gl.SliceLayout(0, Y))
     step = 0
     k = 0
-    tile = claim(ticket, posted, taken, k, 4)
+    tile = claim(ticket, posted, taken, k, 4, SLOTS)
     while tile < tiles:
         slot_h = GROUP * SH + k % SH
         h = h_buf.index(slot_h)
@@ -157,7 +159,7 @@ def consumer(
         fence_async_shared()
         mbarrier.arrive(y_full.index(slot_h), count=1)
         k += 1
-        tile = claim(ticket, posted, taken, k, 4)
+        tile = claim(ticket, posted, taken, k, 4, SLOTS)
 
 
 @gluon.jit(do_not_specialize=["tiles"])
@@ -215,6 +217,6 @@ def expand_reduce_kernel(
         (load_residual, (z_desc, z_buf, z_full, z_empty, ticket, posted, taken, tiles, CHUNKS, SZ)),
         (store_results, (out_desc, y_desc, z_buf, h_buf, out_full, z_empty, y_full, h_empty,
             ticket, posted, taken, tiles, CHUNKS, SZ, SH)),
-        (schedule, (counter, ticket, posted, taken, tiles, 1, 1, DYNAMIC)),
+        (schedule, (counter, ticket, posted, taken, tiles, 1, 1, DYNAMIC, SLOTS)),
     ], [4, 1, 1, 1, 1], [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS])
     # fmt: on

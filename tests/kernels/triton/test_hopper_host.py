@@ -14,7 +14,7 @@ from problems import H100, check_candidate, conv_problem, problem_of
 from fastres.activation import IDENTITY, RELU, Activation
 from fastres.backends import triton_hopper, triton_hopper_common  # noqa: F401
 from fastres.plan.candidate import REGISTRY
-from fastres.plan.pattern import DUAL, EXPAND_REDUCE
+from fastres.plan.pattern import DUAL, EXPAND_REDUCE, SHIFTED_BLOCK
 from fastres.plan.problem import ConvSpec
 
 BF16 = torch.bfloat16
@@ -196,3 +196,24 @@ def test_expand_reduce_is_exact_on_whole_numbers(machine, c, seed):
 def test_expand_reduce_takes_two_activations(machine):
     problem = expand_reduce(1, 64, 9, 9, 128, Activation("silu"))
     check(machine, "hopper.expand_reduce", problem, integers=False, runs=1)
+
+
+def shifted_block(n, h, w, reduced, k=256, act=RELU, project=False):
+    layers = dict(
+        conv=ConvSpec(n, 64, h, w, 64, (3, 3), padding=(1, 1), act=act),
+        expand=ConvSpec(n, 64, h, w, k, (1, 1), act=act, residual=True),
+    )
+    if project:
+        layers["shortcut"] = ConvSpec(n, 64, h, w, k, (1, 1))
+    if reduced:
+        layers["reduce"] = ConvSpec(n, k, h, w, reduced, (1, 1), act=act)
+    return problem_of(SHIFTED_BLOCK, BF16, **layers)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("reduced", "project"), [(0, False), (64, False), (128, False), (0, True), (64, True)])
+def test_shifted_block_is_exact_on_whole_numbers(machine, reduced, project, seed):
+    machine.seed = 100 * seed
+    problem = shifted_block(2, 19, 14, reduced, project=project)
+    for config in REGISTRY["hopper.shifted_block"].configs(problem, H100):
+        check(machine, "hopper.shifted_block", problem, config, runs=1)
