@@ -8,11 +8,13 @@ that whatever was put there acts.
 
 from __future__ import annotations
 
+import torch.distributed as dist
 import torch.fx
 from torch import Tensor, nn
 
 from .. import ops
 from ..activation import IDENTITY, RELU, Activation
+from ..ops import primitives
 
 _ACTIVATIONS = {
     nn.Identity: lambda m: IDENTITY,
@@ -23,6 +25,7 @@ _ACTIVATIONS = {
     nn.LeakyReLU: lambda m: Activation("leaky_relu", float(m.negative_slope)),
     nn.Hardswish: lambda m: Activation("hardswish"),
 }
+_BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -63,7 +66,11 @@ def conv_bn_act(
         # a capture keeps the layer whole (graph/primitive.py)
         arguments = (x, conv, bn, residual, act if activation is None else activation)
         return x.tracer.create_proxy("call_function", conv_bn_act, arguments, {})
-    if activation is None or not _fuses_conv(conv) or not (bn is None or _has_fixed_statistics(bn)):
+    fusible = activation is not None and _fuses_conv(conv)
+    if fusible and bn is not None and _takes_statistics(x, conv, bn):
+        y, *statistics = ops.conv_stats(x, conv.weight, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return bn_act(y, bn, residual, act, tuple(statistics))
+    if not fusible or not (bn is None or _has_fixed_statistics(bn)):
         y = conv(x)
         return _finish(y, residual, act) if bn is None else bn_act(y, bn, residual, act)
     bn_arguments = (None,) * 4 if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)
@@ -86,11 +93,18 @@ conv_bn_act.fastres_conv_bn_act = True
 
 
 def bn_act(
-    x: Tensor, bn: nn.Module, residual: Tensor | None = None, act: Activation | nn.Module = RELU
+    x: Tensor,
+    bn: nn.Module,
+    residual: Tensor | None = None,
+    act: Activation | nn.Module = RELU,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """act(bn(x) + residual), with running statistics and batch counter kept as `bn` would keep them."""
+    """act(bn(x) + residual), with running statistics and batch counter kept as `bn` would keep them.
+
+    `statistics`: mean and biased variance of x in training, if they are known already.
+    """
     activation = activation_of(act)
-    if activation is None or not is_plain(bn, nn.BatchNorm2d) or isinstance(x, torch.fx.Proxy):
+    if activation is None or not is_plain(bn, *_BATCH_NORMS):
         return _finish(bn(x), residual, act)
     bn._check_input_dim(x)
     momentum = bn.momentum
@@ -110,7 +124,18 @@ def bn_act(
         bn.eps,
         residual=residual,
         act=activation,
+        statistics=statistics,
+        group=_group(bn),
     )
+
+
+def _group(bn: nn.Module) -> dist.ProcessGroup | None:
+    """The processes whose batches `bn` normalises together; None: this one alone."""
+    if type(bn) is not nn.SyncBatchNorm or not bn.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    return bn.process_group or dist.group.WORLD
 
 
 def _fuses_conv(conv: nn.Module) -> bool:
@@ -118,9 +143,14 @@ def _fuses_conv(conv: nn.Module) -> bool:
 
 
 def _has_fixed_statistics(bn: nn.Module) -> bool:
-    if not is_plain(bn, nn.BatchNorm2d, nn.SyncBatchNorm):
+    return is_plain(bn, *_BATCH_NORMS) and not bn.training and bn.running_mean is not None
+
+
+def _takes_statistics(x: Tensor, conv: nn.Conv2d, bn: nn.Module) -> bool:
+    """Whether a convolution kernel that emits the batch's statistics can run, and they are wanted."""
+    if torch.compiler.is_compiling() or not is_plain(bn, *_BATCH_NORMS) or _has_fixed_statistics(bn):
         return False
-    return not bn.training and bn.running_mean is not None
+    return conv.bias is None and primitives.find("conv_stats", x) is not None
 
 
 def _finish(y: Tensor, residual: Tensor | None, act: Activation | nn.Module) -> Tensor:

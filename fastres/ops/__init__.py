@@ -7,5 +7,6 @@ decided inside, on real tensors.
 from .add_relu import add_relu, add_relu_
 from .bn_act import bn_act
 from .conv_bn_act import conv_bn_act
+from .conv_stats import conv_stats
 
-__all__ = ["add_relu", "add_relu_", "bn_act", "conv_bn_act"]
+__all__ = ["add_relu", "add_relu_", "bn_act", "conv_bn_act", "conv_stats"]

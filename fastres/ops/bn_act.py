@@ -15,12 +15,14 @@ and over given ones dx = weight / sqrt(var + eps) * dz.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..activation import KINDS, RELU, Activation, apply
-from . import primitives
+from . import primitives, torch_primitives
 from .library import register
+from .statistics import mean_over, merge_over, statistics_of
 from .tensors import IDENTITY as _IDENTITY
 from .tensors import RELU as _RELU
 from .tensors import (
@@ -49,8 +51,10 @@ def bn_act(
     *,
     residual: Tensor | None = None,
     act: Activation | str = RELU,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """act(batch_norm(x) + residual); the arguments of `torch.nn.functional.batch_norm`, and two more.
+    """act(batch_norm(x) + residual); the arguments of `torch.nn.functional.batch_norm`, and four more.
 
     Args:
         x: [N, C, *spatial], any number of spatial dimensions; fp16, bf16, fp32 or fp64. NCHW or channels_last
@@ -64,6 +68,10 @@ def bn_act(
         eps: added to the variance.
         residual: added before the activation; shape and dtype of x.
         act: an `Activation` or its name.
+        statistics: with `training`, mean and biased variance of x that its producer has computed already (see
+            `conv_stats`); gradients are those of computing them here.
+        group: with `training`, normalise with the statistics of the whole group's batch. Gradients of weight
+            and bias are this process's share, as in `torch.nn.SyncBatchNorm`. Every process must take part.
 
     Returns:
         A new tensor, shape, dtype and memory format of x. Differentiable in x, residual, weight and bias;
@@ -74,9 +82,14 @@ def bn_act(
     """
     act = activation(act)
     if training:
-        return _train(
-            x, residual, weight, bias, running_mean, running_var, momentum, eps, act.code, act.param
-        )[0]
+        mean, var = statistics or (None, None)
+        name = group.group_name if group is not None and group.size() > 1 else ""
+        arguments = (x, residual, weight, bias, running_mean, running_var, mean, var, momentum, eps)
+        return _train(*arguments, act.code, act.param, name)[0]
+    if statistics is not None or group is not None:
+        raise ValueError(
+            "statistics, group: they belong to training, without it running_mean and running_var do"
+        )
     if running_mean is None or running_var is None:
         raise ValueError("running_mean, running_var: needed without training, got None")
     return frozen(x, residual, weight, bias, running_mean, running_var, eps, act.code, act.param)
@@ -92,11 +105,15 @@ def _check(x, residual, weight, bias, mean, var, act: int) -> None:
     check_act(act)
 
 
-def _check_train(x, residual, weight, bias, running_mean, running_var, act: int) -> None:
+def _check_train(
+    x, residual, weight, bias, running_mean, running_var, mean, var, act: int, group: str
+) -> None:
     _check(x, residual, weight, bias, running_mean, running_var, act)
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean, running_var: give both or neither, got one")
-    if x.numel() == x.shape[1]:
+    for t in (mean, var):
+        check_channels("statistics", t, x.shape[1], x)
+    if x.numel() == x.shape[1] and not group:
         raise ValueError(
             f"x: expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
         )
@@ -112,60 +129,57 @@ def _train_impl(
     bias,
     running_mean,
     running_var,
+    mean,
+    var,
     momentum: float,
     eps: float,
     act: int,
     act_param: float,
+    group: str,
 ):
-    _check_train(x, residual, weight, bias, running_mean, running_var, act)
+    _check_train(x, residual, weight, bias, running_mean, running_var, mean, var, act, group)
     x = dense(x)
-    residual = like(residual, x)
     out = torch.empty_like(x)
-    mean, var, invstd, scale, shift = x.new_empty(5, x.shape[1], dtype=stat_dtype(x)).unbind()
-    if x.numel() == 0:
-        return out, torch.zeros_like(mean), torch.zeros_like(mean)
+    saved_mean, invstd = (x.new_empty(x.shape[1], dtype=stat_dtype(x)) for _ in range(2))
+    count = x.numel() // x.shape[1] if x.shape[1] else 0
+    if count == 0 and not group:
+        return out, saved_mean.zero_(), invstd.zero_()
+    mean, var = statistics_of(x, count, mean, var, saved_mean)
+    finalize = primitives.get("bn_finalize", x)
+    if group:
+        mean, var, count = merge_over(group, mean, var, count)
+        finalize = torch_primitives.bn_finalize
+    if mean is not saved_mean:
+        saved_mean.copy_(mean)
     weight, bias = channel_vector(weight, mean.dtype), channel_vector(bias, mean.dtype)
-    primitives.get("bn_stats", x)(x, mean, var)
-    primitives.get("bn_finalize", x)(
-        mean,
-        var,
-        weight,
-        bias,
-        running_mean,
-        running_var,
-        momentum,
-        eps,
-        x.numel() // x.shape[1],
-        invstd,
-        scale,
-        shift,
-    )
-    primitives.get("bn_act", x)(x, residual, scale, shift, act, act_param, out)
-    # Clones, because an op's results may not share memory, and backward keeps 2 C numbers instead of 5 C.
-    return out, mean.clone(), invstd.clone()
+    scale, shift = torch.empty_like(mean), torch.empty_like(mean)
+    finalize(mean, var, weight, bias, running_mean, running_var, momentum, eps, count, invstd, scale, shift)
+    if x.numel():
+        primitives.get("bn_act", x)(x, like(residual, x), scale, shift, act, act_param, out)
+    return out, saved_mean, invstd
 
 
-def _train_fake(x, residual, weight, bias, running_mean, running_var, momentum, eps, act, act_param):
-    _check_train(x, residual, weight, bias, running_mean, running_var, act)
+def _train_fake(
+    x, residual, weight, bias, running_mean, running_var, mean, var, momentum, eps, act, act_param, group
+):
+    _check_train(x, residual, weight, bias, running_mean, running_var, mean, var, act, group)
     stat = x.new_empty(x.shape[1], dtype=stat_dtype(x))
     return torch.empty_like(dense(x)), stat, torch.empty_like(stat)
 
 
 class _Train(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, below, x, residual, weight, bias, running_mean, running_var, momentum, eps, act, act_param
-    ):
-        out, mean, invstd = below(
-            x, residual, weight, bias, running_mean, running_var, momentum, eps, act, act_param
-        )
+    def forward(ctx, below, *args):
+        x, residual, weight, bias, *_, eps, act, act_param, group = args
+        out, mean, invstd = below(*args)
         ctx.mark_non_differentiable(mean, invstd)
-        _save(ctx, x, residual, weight, bias, mean, invstd, out, eps, act, act_param, batch_stats=True)
+        ctx.batch_stats, ctx.group = True, group
+        _save(ctx, x, residual, weight, bias, mean, invstd, out, eps, act, act_param)
         return out, mean, invstd
 
     @staticmethod
     def backward(ctx, grad, _mean, _invstd):
-        return None, *_gradients(ctx, grad, ctx.needs_input_grad[1:5]), None, None, None, None, None, None
+        return None, *_gradients(ctx, grad, ctx.needs_input_grad[1:5]), *[None] * 9
 
 
 # --- given statistics
@@ -205,7 +219,8 @@ class _Frozen(torch.autograd.Function):
                 "running_mean, running_var: statistics are constants, they cannot require a gradient"
             )
         out = below(x, residual, weight, bias, mean, var, eps, act, act_param)
-        _save(ctx, x, residual, weight, bias, mean, var, out, eps, act, act_param, batch_stats=False)
+        ctx.batch_stats, ctx.group = False, ""
+        _save(ctx, x, residual, weight, bias, mean, var, out, eps, act, act_param)
         return out
 
     @staticmethod
@@ -216,9 +231,7 @@ class _Frozen(torch.autograd.Function):
 # --- backward of both
 
 
-def _save(
-    ctx, x, residual, weight, bias, mean, spread, out, eps, act, act_param, *, batch_stats: bool
-) -> None:
+def _save(ctx, x, residual, weight, bias, mean, spread, out, eps, act, act_param) -> None:
     """Keep what backward reads and no more.
 
     `spread` is invstd of the batch, or the given variance. ReLU's mask is in the output, which the next layer
@@ -227,7 +240,7 @@ def _save(
     dz: then x is not kept at all.
     """
     recomputes = act not in (_RELU, _IDENTITY)
-    needs_x = batch_stats or recomputes or ctx.needs_input_grad[3]
+    needs_x = ctx.batch_stats or recomputes or ctx.needs_input_grad[3]
     ctx.save_for_backward(
         x if needs_x else None,
         residual if recomputes else None,
@@ -237,7 +250,7 @@ def _save(
         spread,
         out if act == _RELU else None,
     )
-    ctx.eps, ctx.act, ctx.act_param, ctx.batch_stats = eps, act, act_param, batch_stats
+    ctx.eps, ctx.act, ctx.act_param = eps, act, act_param
 
 
 def _gradients(ctx, grad: Tensor, wanted: tuple[bool, bool, bool, bool]) -> tuple[Tensor | None, ...]:
@@ -260,6 +273,7 @@ def _gradients(ctx, grad: Tensor, wanted: tuple[bool, bool, bool, bool]) -> tupl
         ctx.batch_stats,
         ctx.act,
         ctx.act_param,
+        ctx.group,
         mask,
     )
     grads = [g if m else None for g, m in zip(grads, mask, strict=True)]
@@ -271,6 +285,10 @@ def _gradients(ctx, grad: Tensor, wanted: tuple[bool, bool, bool, bool]) -> tupl
 
 def _differentiable_gradients(ctx, grad: Tensor, wanted) -> tuple[Tensor | None, ...]:
     """The same in PyTorch's differentiable arithmetic, for `create_graph=True`."""
+    if ctx.group:
+        raise RuntimeError(
+            "bn_act: a second derivative over the statistics of a process group is not supported"
+        )
     x, residual, weight, bias, mean, spread, out = ctx.saved_tensors
     dtype = stat_dtype(grad)
     bias_wanted, grad = wanted[3], grad.to(dtype)
@@ -305,39 +323,50 @@ def _differentiable_gradients(ctx, grad: Tensor, wanted) -> tuple[Tensor | None,
 
 
 def _backward_impl(
-    grad, x, residual, weight, bias, mean, invstd, out, batch_stats: bool, act: int, act_param: float, mask
+    grad,
+    x,
+    residual,
+    weight,
+    bias,
+    mean,
+    invstd,
+    out,
+    batch_stats: bool,
+    act: int,
+    act_param: float,
+    group: str,
+    mask,
 ):
     wants_x, wants_residual, wants_weight, wants_bias = mask
     # Without x (linear in dz) no kernel reads it: the gradient stands in.
     layout = dense(next(t for t in (x, out, grad) if t is not None))
     grad, out, residual = like(grad, layout), like(out, layout), like(residual, layout)
     x = grad if x is None else layout
-    none = x.new_empty(0)
-    grad_x = torch.empty_like(x) if wants_x or wants_residual else none
-    grad_residual = torch.empty_like(x) if wants_residual else none
-    sum_dy, sum_dy_xhat = torch.zeros(2, x.shape[1], dtype=mean.dtype, device=x.device).unbind()
-    if x.numel():
-        shared = (grad, x, residual, out, mean, invstd)
-        shared += (channel_vector(weight, mean.dtype), channel_vector(bias, mean.dtype), act, act_param)
-        if (wants_x and batch_stats) or wants_weight or wants_bias:
-            primitives.get("bn_act_backward_reduce", x)(*shared, sum_dy, sum_dy_xhat)
-        if wants_x or wants_residual:
-            means = (None, None)
-            if batch_stats:
-                count = x.numel() // x.shape[1]
-                means = (sum_dy / count, sum_dy_xhat / count)
-            primitives.get("bn_act_backward", x)(
-                *shared, *means, grad_x, grad_residual if wants_residual else None
-            )
+    grad_x = torch.empty_like(x) if wants_x or wants_residual else None
+    grad_residual = torch.empty_like(x) if wants_residual else None
+    sums = mean.new_zeros(2, x.shape[1])
+    shared = (grad, x, residual, out, mean, invstd)
+    shared += (channel_vector(weight, mean.dtype), channel_vector(bias, mean.dtype), act, act_param)
+    if x.numel() and ((wants_x and batch_stats) or wants_weight or wants_bias):
+        primitives.get("bn_act_backward_reduce", x)(*shared, *sums)
+    means = (None, None)
+    if wants_x and batch_stats:
+        means = mean_over(group, sums, x.numel() // max(x.shape[1], 1))
+    if x.numel() and grad_x is not None:
+        primitives.get("bn_act_backward", x)(*shared, *means, grad_x, grad_residual)
+    sum_dy, sum_dy_xhat = sums
     return (
-        grad_x if wants_x else none,
-        grad_residual,
+        grad_x if wants_x else x.new_empty(0),
+        grad_residual if wants_residual else x.new_empty(0),
+        # Clones: results of an op may not share memory.
         sum_dy_xhat.clone() if wants_weight else mean.new_empty(0),
         sum_dy.clone() if wants_bias else mean.new_empty(0),
     )
 
 
-def _backward_fake(grad, x, residual, weight, bias, mean, invstd, out, batch_stats, act, act_param, mask):
+def _backward_fake(
+    grad, x, residual, weight, bias, mean, invstd, out, batch_stats, act, act_param, group, mask
+):
     layout = dense(next(t for t in (x, out, grad) if t is not None))
     return (
         *(torch.empty_like(layout) if m else layout.new_empty(0) for m in mask[:2]),
@@ -352,7 +381,8 @@ def _autocast(_dtype: torch.dtype, x, residual, *rest):
 
 _train = register(
     "bn_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, float momentum, float eps, int act, float act_param) "
+    "Tensor(b!)? running_var, Tensor? mean, Tensor? var, float momentum, float eps, int act, "
+    "float act_param, str group) "
     "-> (Tensor, Tensor, Tensor)",
     _train_impl,
     _train_fake,
@@ -369,7 +399,7 @@ frozen = register(
 )
 _backward = register(
     "bn_act_backward(Tensor grad, Tensor? x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
-    "Tensor invstd, Tensor? out, bool batch_stats, int act, float act_param, bool[4] mask) "
+    "Tensor invstd, Tensor? out, bool batch_stats, int act, float act_param, str group, bool[4] mask) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,

@@ -85,9 +85,9 @@ def conv_bn_act(
         mean,
         var,
         eps,
-        _pair("stride", stride),
-        _pair("padding", padding),
-        _pair("dilation", dilation),
+        pair("stride", stride),
+        pair("padding", padding),
+        pair("dilation", dilation),
         groups,
         residual,
         act.code,
@@ -95,17 +95,15 @@ def conv_bn_act(
     )
 
 
-def _pair(name: str, value: int | Sequence[int]) -> list[int]:
-    pair = [value, value] if isinstance(value, int) else list(value)
-    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
+def pair(name: str, value: int | Sequence[int]) -> list[int]:
+    both = [value, value] if isinstance(value, int) else list(value)
+    if len(both) != 2 or not all(isinstance(v, int) for v in both):
         raise ValueError(f"{name}: expected an int or two, got {value!r}")
-    return pair
+    return both
 
 
-def _output_shape(
-    x, weight, conv_bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, groups, residual, act
-) -> tuple[int, int, int, int]:
-    """Checks every argument; the shape of the output."""
+def output_shape(x, weight, stride, padding, dilation, groups: int) -> tuple[int, int, int, int]:
+    """The shape of conv2d's output; checks its arguments."""
     check_float("x", x)
     check_rank("x", x, 4, 4)
     check_float("weight", weight)
@@ -120,28 +118,35 @@ def _output_shape(
         raise ValueError(
             f"x: expected {in_channels} channels for weight {tuple(weight.shape)}, got {x.shape[1]}"
         )
-    vectors = {"conv_bias": conv_bias, "bn_weight": bn_weight, "bn_bias": bn_bias, "mean": mean, "var": var}
-    for name, t in vectors.items():
-        check_channels(name, t, out_channels, x)
-    if (mean is None) != (var is None):
-        raise ValueError("mean, var: give both or neither, got one")
-    if mean is None and (bn_weight is not None or bn_bias is not None):
-        raise ValueError("bn_weight, bn_bias: expected None without mean and var")
-    for name, pair, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
-        if min(pair) < least:
-            raise ValueError(f"{name}: expected at least {least}, got {tuple(pair)}")
-    spatial = [
+    for name, values, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)):
+        if min(values) < least:
+            raise ValueError(f"{name}: expected at least {least}, got {tuple(values)}")
+    spatial = tuple(
         (size + 2 * p - d * (kernel - 1) - 1) // s + 1
         for size, kernel, s, p, d in zip(
             x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
         )
-    ]
+    )
     if min(spatial) < 1:
         raise ValueError(
             f"x: {tuple(x.shape[2:])} pixels are too few for a {tuple(weight.shape[2:])} kernel with padding "
-            f"{tuple(padding)} and dilation {tuple(dilation)}: the output would be {tuple(spatial)}"
+            f"{tuple(padding)} and dilation {tuple(dilation)}: the output would be {spatial}"
         )
-    shape = (x.shape[0], out_channels, *spatial)
+    return x.shape[0], out_channels, *spatial
+
+
+def _check(
+    x, weight, conv_bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, groups, residual, act
+) -> tuple[int, int, int, int]:
+    """Checks every argument; the shape of the output."""
+    shape = output_shape(x, weight, stride, padding, dilation, groups)
+    vectors = {"conv_bias": conv_bias, "bn_weight": bn_weight, "bn_bias": bn_bias, "mean": mean, "var": var}
+    for name, t in vectors.items():
+        check_channels(name, t, shape[1], x)
+    if (mean is None) != (var is None):
+        raise ValueError("mean, var: give both or neither, got one")
+    if mean is None and (bn_weight is not None or bn_bias is not None):
+        raise ValueError("bn_weight, bn_bias: expected None without mean and var")
     check_same("residual", residual, x, shape=shape)
     check_act(act)
     return shape
@@ -164,7 +169,7 @@ def _impl(
     act: int,
     act_param: float,
 ):
-    _output_shape(
+    _check(
         x, weight, conv_bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, groups, residual, act
     )
     x = x.contiguous(memory_format=torch.channels_last)
@@ -203,7 +208,7 @@ def _fake(
     act,
     act_param,
 ):
-    shape = _output_shape(
+    shape = _check(
         x, weight, conv_bias, bn_weight, bn_bias, mean, var, stride, padding, dilation, groups, residual, act
     )
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -24,6 +24,10 @@ NAMES = (
     "bn_act_backward_reduce",
     "bn_act_backward",
 )
+# conv_stats(x, weight, stride, padding, dilation, groups, out, mean, var): out = conv2d(x, weight), and the
+# mean and biased variance of every channel of out from the epilogue, before out is rounded. Only where a
+# kernel has it.
+OPTIONAL = ("conv_stats",)
 
 
 class Backend(NamedTuple):
@@ -46,7 +50,7 @@ BACKENDS = (
     Backend("cpu", "fastres.backends.cpu_ops", "cpu", library="cpu"),
     Backend("torch", "fastres.ops.torch_primitives", "any"),
 )
-_chosen: dict[tuple[str, str, torch.dtype], Callable] = {}
+_chosen: dict[tuple[str, str, torch.dtype], Callable | None] = {}
 _pinned: str | None = None
 
 
@@ -78,14 +82,17 @@ def _load(backend: Backend, name: str, dtype: torch.dtype) -> tuple[Callable | N
     return function, None if function else f"has no {name}"
 
 
-def get(name: str, x: torch.Tensor) -> Callable:
-    """The function that computes the primitive `name` for tensors of the device and dtype of `x`."""
+def find(name: str, x: torch.Tensor) -> Callable | None:
+    """The function that computes the primitive `name` for tensors like `x`, if there is one."""
     key = (name, x.device.type, x.dtype)
-    function = _chosen.get(key)
-    if function is None:
-        function = next(f for _, f, _ in candidates(*key) if f is not None)
-        _chosen[key] = function
-    return function
+    if key not in _chosen:
+        _chosen[key] = next((f for _, f, _ in candidates(*key) if f is not None), None)
+    return _chosen[key]
+
+
+def get(name: str, x: torch.Tensor) -> Callable:
+    """`find` for a primitive in `NAMES`, which PyTorch's arithmetic always has."""
+    return find(name, x)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ def bn_finalize(
     running_var: Tensor | None,
     momentum: float,
     eps: float,
-    count: int,
+    count: int | Tensor,
     invstd: Tensor,
     scale: Tensor,
     shift: Tensor,

@@ -183,6 +183,18 @@ def test_one_wanted_gradient_comes_alone(backend, training, wanted):
     assert all(t.grad is None for name, t in leaves.items() if name != wanted)
 
 
+@pytest.mark.parametrize("act", ["relu", "silu"])
+def test_statistics_that_are_known_give_the_same_step(backend, act):
+    case = Case((4, 6, 7, 9), torch.float64)
+
+    def step(x, mean, var, weight, bias, residual, statistics=None):
+        return ops.bn_act(x, mean, var, weight, bias, True, residual=residual, act=act, statistics=statistics)
+
+    known = case.x.mean([0, 2, 3]), case.x.var([0, 2, 3], correction=0)
+    got, want = case.run(lambda *args: step(*args, statistics=known)), case.run(step)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
 def test_layouts_may_differ_between_arguments(backend):
     x, residual = torch.randn(2, 5, 7, 9), torch.randn(2, 5, 7, 9)
     mean, var = torch.zeros(5), torch.ones(5)
@@ -258,6 +270,13 @@ C3, C4 = torch.ones(3), torch.ones(4)
         ((X, C3, None), {"training": True}, ValueError, "running_mean, running_var: give both or neither"),
         ((X, C3, C3), {"residual": X[:1]}, ValueError, "residual: expected the shape of x"),
         ((X, C3, C3), {"residual": X.half()}, TypeError, "residual: expected the dtype of x"),
+        ((X, C3, C3), {"statistics": (C3, C3)}, ValueError, "statistics, group: they belong to training"),
+        (
+            (X, C3, C3),
+            {"training": True, "statistics": (C4, C4)},
+            ValueError,
+            "statistics: expected one value",
+        ),
         ((X, C3, C3), {"act": "tanh"}, ValueError, "act: unknown activation 'tanh'"),
         ((X, C3, C3), {"act": 3}, TypeError, "act: expected an Activation or its name"),
         ((X[:1, :, :1, :1], C3, C3), {"training": True}, ValueError, "more than 1 value per channel"),

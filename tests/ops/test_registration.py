@@ -23,15 +23,18 @@ def _cases():
     x = torch.randn(3, 4, 5, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
     residual = torch.randn(3, 4, 5, 3, requires_grad=True)
     weight, bias, mean, var = _vectors(4)
-    yield "bn_act", (x, residual, weight, bias, mean, var, 0.1, 1e-5, 1, 0.0)
-    yield "bn_act", (x, None, None, None, None, None, 0.1, 1e-5, 3, 0.0)
-    yield "bn_act", (torch.randn(3, 4), None, weight, bias, mean, var, 0.1, 1e-5, 0, 0.0)
+    yield "bn_act", (x, residual, weight, bias, mean, var, None, None, 0.1, 1e-5, 1, 0.0, "")
+    yield "bn_act", (x, None, None, None, None, None, None, None, 0.1, 1e-5, 3, 0.0, "")
+    yield "bn_act", (torch.randn(3, 4), None, weight, bias, mean, var, mean, var, 0.1, 1e-5, 0, 0.0, "")
     yield "bn_act_frozen", (x, residual, weight, bias, mean, var, 1e-5, 1, 0.0)
     yield "bn_act_frozen", (x, None, None, bias, mean, var, 1e-5, 5, 0.1)
     vectors = (torch.zeros(4), torch.ones(4))
     y = x.detach()
-    yield "bn_act_backward", (y, y, None, None, None, *vectors, y, True, 1, 0.0, [True] * 4)
-    yield "bn_act_backward", (y, y, y, None, None, *vectors, None, False, 3, 0.0, [True, False, True, False])
+    yield "bn_act_backward", (y, y, None, None, None, *vectors, y, True, 1, 0.0, "", [True] * 4)
+    yield (
+        "bn_act_backward",
+        (y, y, y, None, None, *vectors, None, False, 3, 0.0, "", [True, False, True, False]),
+    )
     yield "add_relu", (x, residual)
     yield "add_relu_", (x.detach().clone(), residual.detach())
     kernel = torch.randn(6, 2, 3, 3, requires_grad=True)
@@ -40,6 +43,7 @@ def _cases():
     geometry = ([2, 2], [1, 1], [1, 1], 2)
     yield "conv_bn_act", (x, kernel, bias, weight, bias, mean, var, 1e-5, *geometry, residual, 1, 0.0)
     yield "conv_bn_act", (x, kernel, None, None, None, None, None, 1e-5, *geometry, None, 4, 0.0)
+    yield "conv_stats", (x, kernel, *geometry)
 
 
 @pytest.mark.parametrize(("name", "arguments"), list(_cases()), ids=lambda v: v if isinstance(v, str) else "")
@@ -134,7 +138,7 @@ def test_aot_inductor_package_runs_in_a_process_that_only_imported_fastres(expor
 
 def test_raw_ops_are_differentiable():
     x = torch.randn(2, 4, 3, 3, requires_grad=True)
-    out, *_ = RAW.bn_act(x, None, None, None, None, None, 0.1, 1e-5, 1, 0.0)
+    out, *_ = RAW.bn_act(x, None, None, None, None, None, None, None, 0.1, 1e-5, 1, 0.0, "")
     assert out.requires_grad
     assert RAW.add_relu(x, x).requires_grad
 
@@ -143,4 +147,4 @@ def test_ops_without_a_second_formula_refuse_instead_of_returning_wrong_gradient
     x = torch.randn(2, 4, 3, 3, requires_grad=True)
     vectors = torch.zeros(4), torch.ones(4)
     with pytest.raises(RuntimeError, match=r"bn_act_backward.*has no derivative"):
-        RAW.bn_act_backward(x, x, None, None, None, *vectors, x, True, 1, 0.0, [True] * 4)
+        RAW.bn_act_backward(x, x, None, None, None, *vectors, x, True, 1, 0.0, "", [True] * 4)
