@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.case import Call, Case, Entry, Subject
 from benchmarks.providers import BASELINE
 from benchmarks.providers.base import Provider
+from benchmarks.providers.eager import EagerChannelsLast
 from benchmarks.results import Row
 from benchmarks.scope import Scope
 from fastres.bench import roofline
@@ -49,6 +50,71 @@ def entries(case: Case, providers: Sequence[Provider], scope: Scope) -> list[Ent
     return sorted(taking_part, key=lambda entry: entry.provider != BASELINE)
 
 
+class WrongAnswer(Exception):
+    """A provider's output is too far from fp64."""
+
+
+class Trial:
+    """A built case: its subject, the fp64 reference, and how wrong a provider may be.
+
+    `limit` is what `allowed` says given the baseline's own error; the baseline is run for it if need be.
+    """
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.subject = case.make()
+        self.reference = self.subject.reference()
+        self.limit: float | None = None
+
+    def call(self, entry: Entry, row: Row | None = None) -> Call:
+        """The verified call of `entry`; `row` is given its errors, its first call's time, its peak memory.
+
+        Raises:
+            WrongAnswer: for an answer that is wrong, be it not before the second or third call.
+            NotImplementedError: where it does not apply. And whatever the provider raises.
+        """
+        row = row or _row(self.case, entry.provider)
+        call, found = self._first_calls(entry, row)
+        if entry.provider == BASELINE:
+            self.limit = allowed(found, self.case.dtype)
+        elif self.limit is None:
+            baseline = EagerChannelsLast().entry(self.case)
+            self.limit = allowed(self._first_calls(baseline, _row(self.case, BASELINE))[1], self.case.dtype)
+        row.error, row.max_abs_error, row.argmax = found.relative, found.absolute, found.argmax
+        row.error_allowed = self.limit
+        if not found.relative <= self.limit:
+            raise WrongAnswer(f"error {found.relative:.2e} against fp64, allowed {self.limit:.2e}")
+        return call
+
+    def _first_calls(self, entry: Entry, row: Row) -> tuple[Call, Errors]:
+        cuda = self.case.device.type == "cuda"
+        inputs = entry.inputs(self.subject.inputs)
+        before = 0
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        call = entry.build(self.subject)
+        out = call(*inputs)
+        if cuda:
+            torch.cuda.synchronize()
+        row.first_call_s = time.perf_counter() - start
+        found = errors(out, self.reference)
+        # A later call may take another path (a captured graph, a replayed plan): it is checked as well.
+        for _ in range(2):
+            out = call(*inputs)
+        again = errors(out, self.reference)
+        if cuda:
+            row.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
+        return call, max(found, again, key=lambda e: e.relative)
+
+
+def gradients(case: Case):
+    """The grad mode that a case's calls are made in."""
+    return torch.no_grad() if case.level in ("op", "training", "host") else torch.inference_mode()
+
+
 def measure(
     case: Case,
     providers: Sequence[Provider],
@@ -65,22 +131,28 @@ def measure(
     """
     wanted = entries(case, providers, scope)
     rows = {entry.provider: _row(case, entry.provider) for entry in wanted}
-    late = deadline is not None and time.monotonic() > deadline - _RESERVE_S
-    mode = torch.no_grad if case.level in ("op", "training", "host") else torch.inference_mode
-    if not late and any(not entry.skip for entry in wanted):
-        subject = case.make()
-        reference = subject.reference()
-        with mode():
-            calls = _verified(case, subject, reference, wanted, rows, deadline, on_entry)
-            _time(case, subject, calls, rows, scope)
-    for entry in wanted:
-        row = rows[entry.provider]
-        if entry.skip:
-            row.status, row.reason = "skipped", entry.skip
+    calls: dict[str, tuple[Call, Entry]] = {}
+    trial: Trial | None = None
+    with gradients(case):
+        for entry in wanted:
             on_entry(entry.provider)
-        elif late:
-            row.status, row.reason = "skipped", "left out: the run's time was over"
-            on_entry(entry.provider)
+            row = rows[entry.provider]
+            if not entry.skip and deadline is not None and time.monotonic() > deadline - _RESERVE_S:
+                entry.skip = "left out: the run's time was over"
+            if entry.skip:
+                row.status, row.reason = "skipped", entry.skip
+                continue
+            try:
+                trial = trial or Trial(case)
+                calls[entry.provider] = (trial.call(entry, row), entry)
+            except WrongAnswer as error:
+                row.status, row.reason = "wrong", str(error)
+            except NotImplementedError as error:
+                row.status, row.reason = "skipped", _short(error)
+            except Exception as error:
+                row.status, row.reason = "failed", f"{type(error).__name__}: {_short(error)}"
+        if trial is not None and calls:
+            _time(trial, calls, rows, scope)
     _clean_up(case)
     return list(rows.values())
 
@@ -101,82 +173,8 @@ def _row(case: Case, provider: str) -> Row:
     return row
 
 
-def _verified(
-    case: Case,
-    subject: Subject,
-    reference: list[Tensor],
-    wanted: Sequence[Entry],
-    rows: dict[str, Row],
-    deadline: float | None,
-    on_entry: Callable[[str], None],
-) -> dict[str, tuple[Call, Entry]]:
-    """The calls whose outputs are right; the others' rows say why not."""
-    calls: dict[str, tuple[Call, Entry]] = {}
-    limit: float | None = None
-    for entry in wanted:
-        if entry.skip:
-            continue
-        on_entry(entry.provider)
-        row = rows[entry.provider]
-        if deadline is not None and time.monotonic() > deadline - _RESERVE_S:
-            row.status, row.reason = "skipped", "left out: the run's time was over"
-            continue
-        try:
-            found, call = _first_calls(case, subject, reference, entry, row)
-        except NotImplementedError as error:
-            row.status, row.reason = "skipped", _short(error)
-            continue
-        except Exception as error:
-            row.status, row.reason = "failed", f"{type(error).__name__}: {_short(error)}"
-            continue
-        row.error, row.max_abs_error, row.argmax = found.relative, found.absolute, found.argmax
-        if limit is None:
-            # The baseline comes first; where it could not run, machine precision alone decides.
-            baseline = found if entry.provider == BASELINE else Errors(0.0, 0.0, None)
-            limit = allowed(baseline, case.dtype)
-        row.error_allowed = limit
-        if not found.relative <= limit:
-            row.status = "wrong"
-            row.reason = f"error {found.relative:.2e} against fp64, allowed {limit:.2e}"
-            continue
-        calls[entry.provider] = (call, entry)
-    return calls
-
-
-def _first_calls(
-    case: Case, subject: Subject, reference: list[Tensor], entry: Entry, row: Row
-) -> tuple[Errors, Call]:
-    cuda = case.device.type == "cuda"
-    inputs = entry.inputs(subject.inputs)
-    if cuda:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    start = time.perf_counter()
-    call = entry.build(subject)
-    out = call(*inputs)
-    if cuda:
-        torch.cuda.synchronize()
-    row.first_call_s = time.perf_counter() - start
-    found = errors(out, reference)
-    # A later call may take another path (a captured graph, a replayed plan): it is checked as well.
-    for _ in range(2):
-        out = call(*inputs)
-    again = errors(out, reference)
-    if cuda:
-        row.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return max(found, again, key=lambda e: e.relative), call
-
-
-def _time(
-    case: Case,
-    subject: Subject,
-    calls: dict[str, tuple[Call, Entry]],
-    rows: dict[str, Row],
-    scope: Scope,
-) -> None:
-    if not calls:
-        return
+def _time(trial: Trial, calls: dict[str, tuple[Call, Entry]], rows: dict[str, Row], scope: Scope) -> None:
+    case, subject = trial.case, trial.subject
     seconds = scope.seconds * len(calls)
     if case.clock == "host":
         timings = {
@@ -188,7 +186,7 @@ def _time(
             for name, (call, entry) in calls.items()
         }
     elif case.clock == "kernel" and case.device.type == "cuda":
-        timings = _kernel_timings(subject, calls, seconds)
+        timings = _kernel_timings(trial, calls, seconds)
     else:
         fns = {name: _rotating(subject, *given) for name, given in calls.items()}
         least = 3 if scope.size == "smoke" else 5
@@ -215,10 +213,9 @@ def _time(
             row.images_s = case.batch / timing.median * 1e3
 
 
-def _kernel_timings(
-    subject: Subject, calls: dict[str, tuple[Call, Entry]], seconds: float
-) -> dict[str, Timing]:
-    out_bytes = sum(t.numel() * t.element_size() // 4 for t in subject.reference())
+def _kernel_timings(trial: Trial, calls: dict[str, tuple[Call, Entry]], seconds: float) -> dict[str, Timing]:
+    subject, itemsize = trial.subject, trial.case.dtype.itemsize
+    out_bytes = sum(t.numel() * itemsize for t in trial.reference)
     nbytes = sum(x.numel() * x.element_size() for x in subject.inputs) + out_bytes
     copies = [
         tuple(x.clone() for x in subject.inputs) for _ in range(rotation(nbytes, subject.inputs[0].device))

@@ -18,12 +18,14 @@ import matplotlib.pyplot as plt
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from benchmarks import results
 from benchmarks.providers import BASELINE
 from benchmarks.results import Results, Row
 from benchmarks.shapes import layers
 from fastres.bench.roofline import Roofline
+from fastres.bench.table import figure as short
 from fastres.plan.problem import ConvSpec, dtype_from_name
 
 # Okabe and Ito's colours, told apart with any colour vision; fastres is always vermilion.
@@ -33,7 +35,7 @@ _MARKERS = "osDv^<>Px*"
 
 
 def plot(run: Results, out: Path, formats: Sequence[str] = ("png",)) -> list[Path]:
-    """Draw every chart that the rows of `run` suffice for; the files written, named after the results file."""
+    """Draw every chart that the rows of `run` suffice for; the files written, named after its file."""
     out.mkdir(parents=True, exist_ok=True)
     stem = run.path.stem if run.path else "results"
     charts: dict[str, Callable[[Results], Figure | None]] = {
@@ -58,7 +60,7 @@ def plot(run: Results, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
 def machine(run: Results) -> str:
     """One line: device, threads, torch, date."""
     env = run.environment
-    threads = f", {env['threads']} threads" if env["threads"] else ""
+    threads = f", {env['threads']} thread{'s' * (env['threads'] != '1')}" if env["threads"] else ""
     return (
         f"{env['device']}{threads}, torch {env['torch']}, {env['date'][:10]}, commit {env['commit'] or '?'}"
     )
@@ -171,7 +173,7 @@ def latency(run: Results) -> Figure | None:
 
 
 def layer_stack(run: Results) -> Figure | None:
-    """Where a network's time goes: its convolutions' times stacked, layer after layer, beside their floors."""
+    """Where a network's time goes: the convolutions' times stacked, layer by layer, beside their floors."""
     found = _stacks(run)
     if found is None:
         return None
@@ -179,14 +181,14 @@ def layer_stack(run: Results) -> Figure | None:
     figure, axis = plt.subplots(figsize=(4.2 + 1.5 * len(stacks), 7.2), layout="constrained")
     shades = plt.get_cmap("tab20")
     total = max(sum(times) for times in stacks.values())
-    for at, (provider, times) in enumerate(stacks.items()):
+    for at, times in enumerate(stacks.values()):
         bottom = 0.0
         for i, ms in enumerate(times):
             axis.bar(at, ms, 0.8, bottom=bottom, color=shades(i % 20), edgecolor="white", linewidth=0.4)
             if ms > 0.028 * total:
                 axis.text(at, bottom + ms / 2, names[i], ha="center", va="center", fontsize=6)
             bottom += ms
-        axis.text(at, bottom, f"{bottom:.3g} ms", ha="center", va="bottom", fontsize=9)
+        axis.text(at, bottom, f"{short(bottom)} ms", ha="center", va="bottom", fontsize=9)
     axis.set_xticks(range(len(stacks)), [name.replace(" ", "\n") for name in stacks], fontsize=8)
     axis.set_ylabel("time of all convolution layers, ms (less is better)")
     axis.spines[["top", "right"]].set_visible(False)
@@ -201,8 +203,8 @@ def layer_stack(run: Results) -> Figure | None:
 def _stacks(
     run: Results,
 ) -> tuple[str, str, int, list[str], dict[str, list[float]]] | None:
-    """Network, dtype, batch, layer names and provider → times in the network's order, of the setting with most
-    complete providers; "floor" comes first."""
+    """Network, dtype, batch, layer names and provider → times in the network's order, of the setting with the
+    most complete providers; "floor" comes first."""
     timed = [r for r in run.rows if r.level == "layer" and r.status == "ok"]
     best = None
     for network, dtype, batch in dict.fromkeys((r.model, r.dtype, r.batch) for r in timed):
@@ -249,6 +251,8 @@ def roofline(run: Results) -> Figure | None:
         1, len(dtypes), figsize=(2.6 + 5.2 * len(dtypes), 5), squeeze=False, layout="constrained"
     )
     names = list(dict.fromkeys(r.provider for r in rows))
+    # one unit for all panels: what the slowest of them calls for
+    unit, scale = ("TFLOP/s", 1e12) if min(r.matmul_tflop_s for r in rows) > 10 else ("GFLOP/s", 1e9)
     for axis, dtype in zip(axes[0], dtypes, strict=True):
         group = [r for r in rows if r.dtype == dtype]
         roof = Roofline(group[0].copy_gb_s * 1e9, group[0].matmul_tflop_s * 1e12)
@@ -257,23 +261,23 @@ def roofline(run: Results) -> Figure | None:
         line = [low, roof.ridge, high]
         axis.plot(
             line,
-            [min(x * roof.copy, roof.matmul) / 1e12 for x in line],
+            [min(x * roof.copy, roof.matmul) / scale for x in line],
             color="black",
             linewidth=1.2,
             label="measured roof",
         )
         axis.text(
             high,
-            roof.matmul / 1e12,
-            f"matmul {roof.matmul / 1e12:.3g} TFLOP/s ",
+            roof.matmul / scale,
+            f"matmul {short(roof.matmul / scale)} {unit} ",
             ha="right",
             va="bottom",
             fontsize=8,
         )
         axis.text(
             low,
-            low * roof.copy / 1e12,
-            f"  copy {roof.copy / 1e9:,.0f} GB/s",
+            low * roof.copy / scale,
+            f"  copy {short(roof.copy / 1e9)} GB/s",
             ha="left",
             va="top",
             fontsize=8,
@@ -282,7 +286,7 @@ def roofline(run: Results) -> Figure | None:
             points = [r for r in group if r.provider == name]
             axis.scatter(
                 [r.flops / r.bytes for r in points],
-                [r.tflop_s for r in points],
+                [r.tflop_s * 1e12 / scale for r in points],
                 s=26,
                 color=colour[name],
                 marker=_MARKERS[i % len(_MARKERS)],
@@ -296,7 +300,7 @@ def roofline(run: Results) -> Figure | None:
         axis.set_xlabel("arithmetic intensity, FLOP per byte that must move")
         axis.set_title(f"{dtype}: layers and fused patterns", fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("TFLOP/s (more is better)")
+    axes[0][0].set_ylabel(f"{unit} (more is better)")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8)
     figure.suptitle(machine(run), fontsize=10)
@@ -304,9 +308,12 @@ def roofline(run: Results) -> Figure | None:
 
 
 def _plain_ticks(axis: Axes) -> None:
+    """Numbers instead of powers of ten, at 1, 2 and 5 of every decade."""
     for one in (axis.xaxis, axis.yaxis):
-        if one.get_scale() == "log" and one is axis.yaxis:
-            one.set_major_formatter(lambda value, _: f"{value:g}")
+        if one.get_scale() == "log" and one.get_major_locator().__class__ is LogLocator:
+            one.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+            one.set_minor_formatter(NullFormatter())
 
 
 def _rate(row: Row) -> str:

@@ -31,6 +31,7 @@ class Plan(Provider):
         if backend != "auto":
             self.levels = frozenset(("layer", "fused", "model"))
             self.quick = backend != "reference"
+            self.quick_levels = frozenset(("fused", "model"))
 
     def skip(self, case: Case) -> str:
         if self.backend != "auto" and case.device.type not in BACKENDS[self.backend]:
@@ -42,7 +43,20 @@ class Plan(Provider):
 
         if subject.fastres is not None:
             return subject.fastres()
-        return fastres.accelerate(subject.module, dtype=case.dtype, backend=self.backend)
+        plan = fastres.accelerate(subject.module, dtype=case.dtype, backend=self.backend)
+        if self.backend != "auto":
+            self._require_its_own_kernels(plan, subject)
+        return plan
+
+    def _require_its_own_kernels(self, plan: torch.nn.Module, subject: Subject) -> None:
+        """A backend that has no kernel for the problem leaves it to PyTorch: that is not its time."""
+        plan(*subject.inputs)
+        report = plan.report(measure=False)
+        steps = [row for part in (report, *report.parts) for row in part.rows]
+        if any(row.candidate.startswith(f"{self.backend}.") for row in steps):
+            return
+        reasons = [why for row in steps for name, why in row.others if name.startswith(f"{self.backend}.")]
+        raise NotImplementedError(f"no kernel of its own here: {reasons[0] if reasons else 'none covers it'}")
 
 
 class Blocks(Provider):

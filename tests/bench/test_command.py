@@ -12,7 +12,20 @@ from fastres.bench.cli import bench
 
 pytest.importorskip("torchvision")
 pytest.importorskip("skimage")
-SMALL = ["--model", "resnet18", "--size", "32", "--batch", "2", "--dtype", "fp32", "--device", "cpu"]
+SMALL = [
+    "--model",
+    "resnet18",
+    "--size",
+    "32",
+    "--batch",
+    "2",
+    "--dtype",
+    "fp32",
+    "--device",
+    "cpu",
+    "--threads",
+    "1",
+]
 
 
 @pytest.fixture

@@ -1,10 +1,9 @@
 """The clock tells slow from fast, takes turns fairly, and pairs its samples."""
 
-import time
-
 import pytest
 import torch
 
+from fastres.bench import timing as timing_module
 from fastres.bench.timing import (
     Timing,
     host_overhead,
@@ -17,47 +16,62 @@ from fastres.bench.timing import (
 )
 
 
-def test_a_sleep_is_timed_at_its_length_and_twice_the_sleep_at_ratio_two():
-    timings = time_interleaved(
-        {"one": lambda: time.sleep(0.004), "two": lambda: time.sleep(0.008)}, rounds=7, warmup_s=0.01
-    )
-    assert timings["one"].n == timings["two"].n == 7
-    assert 4.0 <= timings["one"].median < 8.0
-    assert 1.2 < ratio(timings["two"], timings["one"]).median < 2.2
+@pytest.fixture
+def work(monkeypatch):
+    """`work(ms)` makes a call that takes so long by the module's clock, whatever else the machine does."""
+    now = [0.0]
+    monkeypatch.setattr(timing_module.time, "perf_counter", lambda: now[0])
 
-
-def test_every_round_calls_everyone_and_the_order_rotates():
-    calls: list[str] = []
-
-    def competitor(name):
+    def work(ms, then=lambda: None):
         def call():
-            calls.append(name)
-            time.sleep(0.001)
+            now[0] += (ms() if callable(ms) else ms) / 1e3
+            then()
 
         return call
 
-    time_interleaved({name: competitor(name) for name in "abc"}, rounds=3, warmup_s=0.0)
-    measured = "".join(calls[-9:])
-    assert measured == "abcbcacab"
+    return work
 
 
-def test_short_calls_are_repeated_within_a_sample():
-    count = 0
-
-    def call():
-        nonlocal count
-        count += 1
-
-    timing = time_interleaved({"x": call}, rounds=2, warmup_s=0.001)["x"]
-    assert count > 200 and timing.median < 0.05
+def test_twice_the_work_takes_twice_the_time(work):
+    timings = time_interleaved({"one": work(4.0), "two": work(8.0)}, rounds=7, warmup_s=0.01)
+    assert timings["one"].n == timings["two"].n == 7
+    assert timings["one"].median == pytest.approx(4.0)
+    assert ratio(timings["two"], timings["one"]).median == pytest.approx(2.0)
 
 
-def test_budget_bounds_the_rounds():
-    start = time.perf_counter()
-    timing = time_interleaved({"x": lambda: time.sleep(0.002)}, budget_s=0.1, warmup_s=0.01, min_rounds=3)[
-        "x"
-    ]
-    assert 3 <= timing.n <= 50 and time.perf_counter() - start < 2
+def test_every_round_calls_everyone_and_the_order_rotates(work):
+    calls: list[str] = []
+    competitors = {name: work(1.0, lambda name=name: calls.append(name)) for name in "abc"}
+    time_interleaved(competitors, rounds=3, warmup_s=0.0)
+    assert "".join(calls[-9:]) == "abcbcacab"
+
+
+def test_short_calls_are_repeated_within_a_sample(work):
+    calls = []
+    timing = time_interleaved({"x": work(0.01, lambda: calls.append(1))}, rounds=2, warmup_s=0.0)["x"]
+    assert len(calls) == 2 + 2 * 20 and timing.median == pytest.approx(0.01)
+
+
+def test_warm_up_lasts_its_time_and_at_least_two_calls(work):
+    calls = []
+    time_interleaved({"x": work(10.0, lambda: calls.append(1))}, rounds=1, warmup_s=0.095)
+    assert len(calls) == 10 + 1
+    calls.clear()
+    time_interleaved({"x": work(1000.0, lambda: calls.append(1))}, rounds=1, warmup_s=0.095)
+    assert len(calls) == 2 + 1
+
+
+def test_a_slow_first_call_does_not_use_up_the_budget(work):
+    first = iter([5000.0])
+    timing = time_interleaved({"x": work(lambda: next(first, 2.0))}, budget_s=0.1, warmup_s=0.0)["x"]
+    assert timing.n == 50 and timing.median == pytest.approx(2.0)
+
+
+def test_budget_bounds_the_rounds(work):
+    fns = {"a": work(10.0), "b": work(40.0)}
+    assert time_interleaved(fns, budget_s=0.51, warmup_s=0.0, min_rounds=3)["a"].n == 10
+    assert time_interleaved(fns, budget_s=0.0, warmup_s=0.0, min_rounds=3)["a"].n == 3
+    assert time_interleaved(fns, budget_s=1e9, warmup_s=0.0, max_rounds=6)["a"].n == 6
 
 
 def test_quantiles_are_numpys():
@@ -96,14 +110,15 @@ def test_threads_are_restored_even_after_an_error():
     assert torch.get_num_threads() == before
 
 
-def test_latency_keeps_single_calls_and_their_tail():
+def test_latency_keeps_single_calls_and_their_tail(work):
     slow = iter([False] * 12 + [True] + [False] * 1000)
-    timing = latencies(lambda: time.sleep(0.03 if next(slow) else 0.0005), budget_s=0.0, min_calls=20)
-    assert timing.n == 20 and timing.median < 10 < timing.percentile(1.0)
+    timing = latencies(work(lambda: 30.0 if next(slow) else 0.5), budget_s=0.0, min_calls=20)
+    assert timing.n == 20 and timing.median == pytest.approx(0.5)
+    assert timing.percentile(1.0) == pytest.approx(30.0)
 
 
-def test_host_overhead_is_per_call():
-    assert host_overhead(lambda: time.sleep(0.001), calls=3, rounds=3).median == pytest.approx(1.2, abs=0.8)
+def test_host_overhead_is_per_call(work):
+    assert host_overhead(work(1.0), calls=3, rounds=3).median == pytest.approx(1.0)
 
 
 @pytest.mark.gpu
