@@ -1,4 +1,4 @@
-"""Shared by all tests: GPU tests skip with the reason, seeds are fixed, workers do not fight over cores."""
+"""Shared by all tests: GPU tests skip with the reason, seeds are fixed, processes share the cores."""
 
 import os
 
@@ -6,8 +6,23 @@ import pytest
 import torch
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The whole suite runs in as many processes as there are cores, unless told otherwise (-n 0).
+
+    Not if files are named, since starting the processes takes seconds; not with a GPU, which they would share.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return  # a worker runs this hook too: it must not start workers of its own
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    free = getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb
+    if whole and free and not torch.cuda.is_available():
+        config.option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
         torch.set_num_threads(1)
 
 
