@@ -121,9 +121,12 @@ def _gencode(arch: Sequence[str]) -> list[str]:
 
 
 def _arch_for(source: Path, arch: Sequence[str]) -> Sequence[str]:
-    """The architectures that a source is compiled for: `sm90_x.cu` only for 9.x, if that is among them."""
-    if prefix := re.match(r"sm(\d+)_", source.name):
-        return [a for a in arch if re.sub(r"\D", "", a) == prefix[1]] or arch
+    """The architectures that a source is compiled for: `sm90_x.cu` only for 9.x, if that is among them.
+
+    `sm80_x.cu` is for all: compiled for Hopper, the same source takes part in dependent launch.
+    """
+    if source.name.startswith("sm90_"):
+        return [a for a in arch if re.sub(r"\D", "", a) == "90"] or arch
     return arch
 
 

@@ -1,4 +1,5 @@
-// torch.ops.fastres_cuda: records of the convolution kernels.
+// torch.ops.fastres_cuda: records of the kernels that plans are made of.
+#include "any_pool_linear.h"
 #include "conv.h"
 #include "tensor.h"
 
@@ -7,11 +8,31 @@ namespace {
 
 using Ints = torch::headeronly::IntHeaderOnlyArrayRef;
 
-void write_record(const Record& made, const Tensor& record) {
+// What `make` makes, on x's device, goes into the bytes of `record`.
+template <class Make>
+void finish_record(const Tensor& x, const Tensor& record, const Make& make) {
   FASTRES_CHECK(record.is_cpu() && record.is_contiguous() && record.scalar_type() == ScalarType::Byte &&
                     record.numel() == sizeof(Record),
                 "record must be uint8 on the CPU, ", sizeof(Record), " bytes");
-  std::memcpy(record.data_ptr(), &made, sizeof made);
+#ifdef FASTRES_EMULATOR
+  (void)x;
+#else
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+#endif
+  try {
+    Record made = make();
+    allow_overlap(made);
+    std::memcpy(record.data_ptr(), &made, sizeof made);
+  } catch (const std::invalid_argument& e) {
+    fail("ValueError: ", e.what());
+  }
+}
+
+void check_counters(const Tensor& counters, const Tensor& x, int64_t count) {
+  check_same_device(counters, x, "counters");
+  FASTRES_CHECK_TYPE(counters.scalar_type() == ScalarType::Int, "counters must be int32");
+  FASTRES_CHECK(counters.is_contiguous() && counters.numel() >= count, "counters has ", counters.numel(),
+                " entries, needs ", count);
 }
 
 void check_nhwc(const Tensor& t, const char* name) {
@@ -86,26 +107,46 @@ void sm80_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale
   if (splits > 1) {
     FASTRES_CHECK(workspace && counters, "splits > 1 needs a workspace and counters");
     check_scratch(*workspace, x, tiles.blocks() * block_m * block_n * 4, "workspace");
-    check_same_device(*counters, x, "counters");
-    FASTRES_CHECK_TYPE(counters->scalar_type() == ScalarType::Int, "counters must be int32");
-    FASTRES_CHECK(counters->is_contiguous() && counters->numel() >= tiles.tiles(), "counters has ", counters->numel(),
-                  " entries, needs ", tiles.tiles());
+    check_counters(*counters, x, tiles.tiles());
   }
   p.x = pointer(x), p.weight = pointer(weight), p.residual = pointer(residual), p.out = pointer(out);
   p.scale = static_cast<const float*>(pointer(scale)), p.shift = static_cast<const float*>(pointer(shift));
   p.partial = static_cast<float*>(pointer(workspace)), p.counters = static_cast<int*>(pointer(counters));
   p.weight_row = static_cast<int>(row), p.act = static_cast<int>(act), p.act_param = static_cast<float>(act_param);
-#ifndef FASTRES_EMULATOR
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-#endif
-  Record made;
-  try {
-    made = sm80_conv_record(p, type, static_cast<int>(block_m), static_cast<int>(block_n), static_cast<int>(splits));
-  } catch (const std::invalid_argument& e) {
-    fail("ValueError: ", e.what());
-  }
-  allow_overlap(made);
-  write_record(made, record);
+  finish_record(x, record, [&] {
+    return sm80_conv_record(p, type, static_cast<int>(block_m), static_cast<int>(block_n), static_cast<int>(splits));
+  });
+}
+
+void any_pool_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& out,
+                     const Tensor& workspace, const Tensor& counters, const Tensor& record) {
+  check_device(x, "x");
+  check_nhwc(x, "x");
+  const Type type = type_of(x, "x");
+  FASTRES_CHECK_TYPE(type != Type::kFp64, "x is float64, expected float32, bfloat16 or float16");
+  const int bytes = type == Type::kFp32 ? 4 : 2;
+  PoolLinear p{};
+  p.n = static_cast<int>(x.size(0)), p.c = static_cast<int>(x.size(1));
+  p.pixels = static_cast<int>(x.size(2) * x.size(3)), p.k = static_cast<int>(out.size(out.dim() - 1));
+  FASTRES_CHECK(x.numel() > 0 && p.k > 0, "x and out must not be empty");
+  FASTRES_CHECK(p.c * bytes % 16 == 0, "x has ", p.c, " channels, a multiple of ", 16 / bytes, " is taken");
+  const auto matrix = [&](const Tensor& t, int64_t rows, int64_t columns, const char* name) {
+    check_same_device(t, x, name);
+    FASTRES_CHECK_TYPE(type_of(t, name) == type, name, " differs from x in type");
+    check_shape(t, {rows, columns}, name);
+    FASTRES_CHECK(t.is_contiguous() && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name,
+                  " must be contiguous and 16-byte aligned");
+  };
+  matrix(weight, p.k, p.c, "weight");
+  matrix(out, p.n, p.k, "out");
+  check_channels(bias, x, p.k, "bias");
+  const int parts = pool_parts(p.c, bytes);
+  check_scratch(workspace, x, int64_t{4} * parts * p.n * p.k, "workspace");
+  check_counters(counters, x, ceil_div(p.k, kPoolRows));
+  p.x = pointer(x), p.weight = pointer(weight), p.out = pointer(out);
+  p.bias = static_cast<const float*>(pointer(bias));
+  p.partial = static_cast<float*>(pointer(workspace)), p.counters = static_cast<int*>(pointer(counters));
+  finish_record(x, record, [&] { return pool_linear_record(p, type); });
 }
 
 }  // namespace
@@ -113,4 +154,5 @@ void sm80_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_cuda, CompositeExplicitAutograd, m) {
   m.impl("sm80_conv_bn_act", TORCH_BOX(&fastres::sm80_conv_bn_act));
+  m.impl("any_pool_linear", TORCH_BOX(&fastres::any_pool_linear));
 }

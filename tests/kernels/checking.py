@@ -164,6 +164,10 @@ def _magnitude(
     problem: Problem, nodes: dict[str, Node], inputs: dict[str, Tensor]
 ) -> tuple[Tensor | None, int]:
     """(sum |a||b| behind each output element, products a sum) for patterns of one product, else (None, 1)."""
+    if problem.pattern == "pool_linear":
+        linear, x = nodes["linear"].linear, inputs["pool.x"].double().abs().mean((2, 3))
+        bias = None if linear.bias is None else linear.bias.double().abs()
+        return F.linear(x, linear.weight.double().abs(), bias), linear.in_features + inputs["pool.x"][0, 0].numel()
     if problem.pattern not in ("conv_bn_act", "linear", "stem_pool") or "normalize" in nodes:
         return None, 1
     role, spec = next((r, s) for r, s in problem.layers if isinstance(s, (ConvSpec, LinearSpec)))
