@@ -111,7 +111,7 @@ class Engine:
             ahead = False
 
     def _run(self, context: Context, inputs: tuple[Any, ...]) -> Any:
-        wants_graph = self.options.graphs != "off" and context.static_inputs and not context.graph_refused
+        wants_graph = context.static_inputs and not context.graph_refused
         if (
             wants_graph
             and context.graph is None
@@ -208,7 +208,8 @@ class Engine:
                     context.slot = (key, stream)
                     return context
             plan = self._plan(key, self.graph(module), inputs)
-        context = Context(plan, self.constants, key.device, static_inputs=key.device.type == "cuda")
+        graphs = key.device.type == "cuda" and self.options.graphs != "off"
+        context = Context(plan, self.constants, key.device, static_inputs=graphs)
         context.slot = (key, stream)
         return context
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch.fx
 from torch import Tensor, nn
 
-from ..engine import Engine, plannable
+from ..engine import Engine, Options, plannable
 from ..graph.capture import CaptureError
 
 
@@ -17,9 +17,12 @@ class Planned(nn.Module):
     Only the outermost owner plans: capturing a network traces through the `_forward` of what is inside it.
     """
 
+    # blocks run inside a foreign network: a CUDA graph would copy every block's input in and its output out
+    _options = Options(graphs="off")
+
     def __init__(self) -> None:
         super().__init__()
-        self._engine = Engine()
+        self._engine = Engine(self._options)
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, torch.fx.Proxy):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine import Options
 from . import functional
 from .blocks import BasicBlock, Bottleneck, conv1x1
 from .planned import Planned
@@ -28,6 +29,8 @@ class ResNet(Planned):
 
     forward takes [N, 3, H, W] and returns [N, num_classes].
     """
+
+    _options = Options()
 
     def __init__(
         self,

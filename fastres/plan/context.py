@@ -46,6 +46,7 @@ class Context:
         self.generation = constants.generation
         self.graph: torch.cuda.CUDAGraph | None = None
         self.graph_refused = ""
+        self._graph_bytes = 0
         self.runs = 0
         self._count = 1 + max(plan.shapes.values, default=0)
         self._allocate()
@@ -89,6 +90,7 @@ class Context:
         """Bytes that the context holds."""
         return (
             self.arena.numel()
+            + self._graph_bytes
             + 4 * self.counters.numel()
             + (0 if self.workspace is None else self.workspace.numel())
         )
@@ -193,9 +195,12 @@ class Context:
     def capture(self) -> None:
         """Captures the next runs as one CUDA graph. The context has run before, so that everything is compiled."""
         graph = torch.cuda.CUDAGraph()
+        before = torch.cuda.memory_reserved(self.device)
         with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._execute(self.values)
         self.graph = graph
+        # the graph's own pool: what allocating candidates and opaque calls return
+        self._graph_bytes = max(0, torch.cuda.memory_reserved(self.device) - before)
 
 
 def nhwc_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
