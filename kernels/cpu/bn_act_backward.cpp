@@ -1,5 +1,5 @@
-// Gradients of act(xhat * weight + bias + residual), xhat = (x - mean) * invstd, in two passes: the sums over a
-// channel, then dx. dz = grad * act'(z); for ReLU its mask comes from `out` if that is given.
+// Gradients of act(xhat * weight + bias + residual), xhat = (x - mean) * invstd, in two passes: the sums over
+// a channel, then dx. dz = grad * act'(z); for ReLU its mask comes from `out` if that is given.
 #include "activation.h"
 #include "channels.h"
 #include "reduce.h"
@@ -124,12 +124,14 @@ void reduce_rows(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc
 }
 
 template <class T, int64_t kAct>
-void reduce_planes(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc<T>, 3>& table, Sums total) {
+void reduce_planes(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc<T>, 3>& table,
+                   Sums total) {
   using A = Acc<T>;
   using V = Vec<A>;
   constexpr int64_t kTile = 1024;
   const Dense& d = a.d;
-  parallel_for(0, d.c, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, d.rows())), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, d.rows()));
+  parallel_for(0, d.c, grain, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       const V mean = splat(table[0][c]), scale = splat(table[1][c]), shift = splat(table[2][c]);
       for_plane_tiles(d, kTile, [&](int64_t first, int64_t last, int64_t from, int64_t to) {
@@ -150,9 +152,10 @@ void reduce_planes(const Arguments& a, const Inputs<T>& in, const ChannelTable<A
   });
 }
 
-void bn_act_backward_reduce(const Tensor& grad, const Tensor& x, const Optional& residual, const Optional& out,
-                            const Tensor& mean, const Tensor& invstd, const Optional& weight, const Optional& bias,
-                            int64_t act, double act_param, const Tensor& sum_dy, const Tensor& sum_dy_xhat) {
+void bn_act_backward_reduce(const Tensor& grad, const Tensor& x, const Optional& residual,
+                            const Optional& out, const Tensor& mean, const Tensor& invstd,
+                            const Optional& weight, const Optional& bias, int64_t act, double act_param,
+                            const Tensor& sum_dy, const Tensor& sum_dy_xhat) {
   Arguments a{{}, grad, x, residual, out, mean, invstd, weight, bias, act, act_param};
   a.check();
   check_channels(sum_dy, a.d, "sum_dy");
@@ -162,8 +165,7 @@ void bn_act_backward_reduce(const Tensor& grad, const Tensor& x, const Optional&
     using T = decltype(t);
     using A = Acc<T>;
     ChannelTable<A, 3> table(a.d);
-    for (int64_t c = 0; c < a.d.c; ++c)
-      table.set(c, {data<A>(mean)[c], a.scale<A>(c), a.shift<A>(c)});
+    for (int64_t c = 0; c < a.d.c; ++c) table.set(c, {data<A>(mean)[c], a.scale<A>(c), a.shift<A>(c)});
     auto sums = std::make_unique<double[]>(2 * a.d.c);
     const Sums total{sums.get(), sums.get() + a.d.c};
     a.dispatch_act([&](auto code) {
@@ -176,7 +178,7 @@ void bn_act_backward_reduce(const Tensor& grad, const Tensor& x, const Optional&
   });
 }
 
-// dx = scale * (dz - mean_dy - xhat * mean_dy_xhat); without means (statistics that are constants) scale * dz.
+// dx = scale * (dz - mean_dy - xhat * mean_dy_xhat); without means (constant statistics) scale * dz.
 void bn_act_backward(const Tensor& grad, const Tensor& x, const Optional& residual, const Optional& out,
                      const Tensor& mean, const Tensor& invstd, const Optional& weight, const Optional& bias,
                      int64_t act, double act_param, const Optional& mean_dy, const Optional& mean_dy_xhat,
@@ -187,7 +189,8 @@ void bn_act_backward(const Tensor& grad, const Tensor& x, const Optional& residu
   check_channels(mean_dy_xhat, a.d, "mean_dy_xhat");
   check_like(grad_x, grad, a.d, "grad_x");
   check_like(grad_residual, grad, a.d, "grad_residual");
-  FASTRES_CHECK(mean_dy.has_value() == mean_dy_xhat.has_value(), "mean_dy and mean_dy_xhat go together, one is None");
+  FASTRES_CHECK(mean_dy.has_value() == mean_dy_xhat.has_value(),
+                "mean_dy and mean_dy_xhat go together, one is None");
   dispatch(a.d.type, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;

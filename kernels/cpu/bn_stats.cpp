@@ -1,5 +1,6 @@
-// Mean and biased variance per channel. Each tile is read twice (mean, then squares of the deviations from it, with
-// the first pass's rounding corrected), tiles and chunks are merged by Chan, Golub and LeVeque (1983), in fp64.
+// Mean and biased variance per channel. Each tile is read twice (mean, then squares of the deviations from
+// it, with the first pass's rounding corrected), tiles and chunks are merged by Chan, Golub and LeVeque
+// (1983), in fp64.
 #include "reduce.h"
 
 namespace fastres {
@@ -23,7 +24,8 @@ inline void merge(Moments to, Moments from, double count, double fresh, int64_t 
 
 // A tile's moments from its mean as first computed, and the sums of (x - mean) and (x - mean)^2.
 template <class A>
-inline void moments_of(Moments to, const A* mean, const A* rest, const A* squares, double n, int64_t channels) {
+inline void moments_of(Moments to, const A* mean, const A* rest, const A* squares, double n,
+                       int64_t channels) {
   for (int64_t i = 0; i < channels; ++i) {
     const double m = mean[i], correction = std::abs(m) <= std::numeric_limits<A>::max() ? rest[i] : 0;
     to.sum[i] = m * n + correction;
@@ -83,7 +85,8 @@ void stats_planes(const T* x, const Dense& d, Acc<T>* mean, Acc<T>* var) {
   using A = Acc<T>;
   using V = Vec<A>;
   constexpr int64_t kTile = 4096;
-  parallel_for(0, d.c, std::max<int64_t>(1, kGrain / d.rows()), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / d.rows());
+  parallel_for(0, d.c, grain, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       double sums = 0, m2 = 0, count = 0;
       for_plane_tiles(d, kTile, [&](int64_t first, int64_t last, int64_t from, int64_t to) {
@@ -93,7 +96,8 @@ void stats_planes(const T* x, const Dense& d, Acc<T>* mean, Acc<T>* var) {
         const auto each = [&](const auto& f) {
           for (int64_t n = first; n < last; ++n) {
             const T* piece = x + (n * d.c + c) * d.s + from;
-            for_vectors<4, A>(length, [&](int u, int64_t i, auto lanes) { f(u, lanes.load(piece + i), lanes); });
+            for_vectors<4, A>(length,
+                              [&](int u, int64_t i, auto lanes) { f(u, lanes.load(piece + i), lanes); });
           }
         };
         const auto total = [](const V(&v)[4]) { return sum<A>((v[0] + v[1]) + (v[2] + v[3])); };

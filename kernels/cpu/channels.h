@@ -8,8 +8,8 @@
 
 namespace fastres {
 
-// K numbers per channel. In rows of channels they are repeated until a whole number of vectors holds a whole number
-// of rows, so that no row needs a tail, whatever C is.
+// K numbers per channel. In rows of channels they are repeated until a whole number of vectors holds a whole
+// number of rows, so that no row needs a tail, whatever C is.
 template <class A, int K>
 class ChannelTable {
  public:
@@ -42,7 +42,7 @@ void map_channels(const Dense& d, const ChannelTable<Acc<T>, K>& table, const F&
   if (d.numel() == 0) return;
   if (d.nhwc) {
     const int64_t period = table.period(), whole = d.numel() / W;
-    const auto at = [&](int64_t i, V (&numbers)[K]) {
+    const auto at = [&](int64_t i, V(&numbers)[K]) {
       for (int k = 0; k < K; ++k) numbers[k] = load(table[k] + i);
     };
     parallel_for(0, whole, kGrain / W, [&](int64_t begin, int64_t end) {
@@ -62,7 +62,8 @@ void map_channels(const Dense& d, const ChannelTable<Acc<T>, K>& table, const F&
     }
     return;
   }
-  parallel_for(0, d.n * d.c, std::max<int64_t>(1, kGrain / d.s), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / d.s);
+  parallel_for(0, d.n * d.c, grain, [&](int64_t begin, int64_t end) {
     V numbers[K];
     for (int64_t plane = begin; plane < end; ++plane) {
       for (int k = 0; k < K; ++k) numbers[k] = splat(table[k][plane % d.c]);

@@ -10,12 +10,12 @@ template <class T>
 void average_rows(const T* x, T* out, const Dense& d) {
   using A = Acc<T>;
   using V = Vec<A>;
-  // Sums of 64 numbers are added to sums of sums: the error grows with the root of the count, not with the count.
+  // Sums of 64 numbers are added up in a second level: rounding grows with the root of the count.
   constexpr int64_t W = kLanes<A>, kBlock = 64, kSlice = 512;
   const A scale = 1 / static_cast<A>(d.s);
   const int64_t slices = (d.c + kSlice - 1) / kSlice;
-  parallel_for(0, d.n * slices, std::max<int64_t>(1, kGrain / (d.s * std::min(d.c, kSlice))), [&](int64_t begin,
-                                                                                                  int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / (d.s * std::min(d.c, kSlice)));
+  parallel_for(0, d.n * slices, grain, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t n = part / slices, from = part % slices * kSlice;
       for_channel_blocks<A>(std::min(kSlice, d.c - from), [&](auto width, int64_t c, auto lanes) {
@@ -56,8 +56,8 @@ void global_avg_pool(const Tensor& x, const Tensor& out) {
   FASTRES_CHECK_TYPE(out.scalar_type() == d.type, "out is ", name_of(out.scalar_type()), ", expected ",
                      name_of(d.type));
   const auto sizes = out.sizes();
-  FASTRES_CHECK(sizes.size() == 2 && sizes[0] == d.n && sizes[1] == d.c, "out has the shape ", shape_of(sizes),
-                ", expected [", d.n, ", ", d.c, "]");
+  FASTRES_CHECK(sizes.size() == 2 && sizes[0] == d.n && sizes[1] == d.c, "out has the shape ",
+                shape_of(sizes), ", expected [", d.n, ", ", d.c, "]");
   FASTRES_CHECK(is_dense(out, false), "out must be contiguous");
   if (d.numel() == 0) return;
   dispatch(d.type, [&](auto t) {

@@ -32,7 +32,8 @@ void pool_rows(const T* x, T* out, const Dense& d, const Axis& h, const Axis& w)
   using V = Vec<A>;
   constexpr int64_t W = kLanes<A>;
   const int64_t c = d.c, taps = h.kernel * w.kernel;
-  parallel_for(0, d.n * h.out, std::max<int64_t>(1, kGrain / (w.out * c * taps)), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / (w.out * c * taps));
+  parallel_for(0, d.n * h.out, grain, [&](int64_t begin, int64_t end) {
     std::vector<const T*> window(taps);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t oh = row % h.out;
@@ -96,8 +97,8 @@ void pool_planes(const T* x, T* out, const Dense& d, const Axis& h, const Axis& 
   });
 }
 
-void max_pool2d(const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding, const Ints& dilation,
-                const Tensor& out) {
+void max_pool2d(const Tensor& x, const Ints& kernel, const Ints& stride, const Ints& padding,
+                const Ints& dilation, const Tensor& out) {
   const Dense d = dense(x, "x");
   const auto in_sizes = x.sizes(), out_sizes = out.sizes();
   FASTRES_CHECK(in_sizes.size() == 4, "x must have the shape [N, C, H, W], it has ", shape_of(in_sizes));
@@ -119,15 +120,17 @@ void max_pool2d(const Tensor& x, const Ints& kernel, const Ints& stride, const I
     axis = {in_sizes[2 + i], out_sizes[2 + i], kernel[i], stride[i], padding[i], dilation[i]};
     // Rounded down, or up (ceil_mode) as long as the last window starts inside the image or its left padding.
     const int64_t room = axis.size + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
-    FASTRES_CHECK(room >= 0, "x of the shape ", shape_of(in_sizes), " is smaller than the kernel ", shape_of(kernel));
+    FASTRES_CHECK(room >= 0, "x of the shape ", shape_of(in_sizes), " is smaller than the kernel ",
+                  shape_of(kernel));
     const int64_t low = room / stride[i] + 1;
     int64_t high = (room + stride[i] - 1) / stride[i] + 1;
     if ((high - 1) * stride[i] >= axis.size + padding[i]) --high;
-    FASTRES_CHECK(axis.out == low || axis.out == high, "out has the shape ", shape_of(out_sizes), ", expected ", low,
-                  " or (ceil_mode) ", high, " in dimension ", 2 + i);
+    FASTRES_CHECK(axis.out == low || axis.out == high, "out has the shape ", shape_of(out_sizes),
+                  ", expected ", low, " or (ceil_mode) ", high, " in dimension ", 2 + i);
   }
   // A one-pixel image is in both orders; its larger output may not be. (And the reverse.)
-  const bool rows = d.nhwc ? is_dense(out, true) : is_dense(x, true) && is_dense(out, true) && !is_dense(out, false);
+  const bool rows =
+      d.nhwc ? is_dense(out, true) : is_dense(x, true) && is_dense(out, true) && !is_dense(out, false);
   FASTRES_CHECK(rows || (is_dense(x, false) && is_dense(out, false)),
                 "out must have the memory format of x, its strides are ", shape_of(out.strides()));
   if (out.numel() == 0) return;

@@ -1,5 +1,6 @@
-// Sums per channel that do not depend on the number of threads: the cut into chunks and tiles follows from the
-// shape alone, tiles are summed in the accumulation type, everything above them in fp64, always in the same order.
+// Sums per channel that do not depend on the number of threads: the cut into chunks and tiles follows from
+// the shape alone, tiles are summed in the accumulation type, everything above them in fp64, always in the
+// same order.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +10,7 @@
 
 namespace fastres {
 
-// Rows of channels: a chunk is one thread's work and has its own partial sums, a tile of it stays in the cache.
+// Rows of channels: a chunk is one thread's work and has its own partial sums, a tile stays in the cache.
 struct Chunks {
   int64_t rows, tile, count;
 };
@@ -32,8 +33,8 @@ void for_channel_blocks(int64_t channels, const F& f) {
   if (c < channels) f(std::integral_constant<int, 1>{}, c, Tail{static_cast<int>(channels - c)});
 }
 
-// The same of planes: f(first, last, from, to) for tiles of one channel, about `size` numbers each, that are either
-// several whole planes [first, last) or a piece [from, to) of one.
+// The same of planes: f(first, last, from, to) for tiles of one channel, about `size` numbers each, that are
+// either several whole planes [first, last) or a piece [from, to) of one.
 template <class F>
 void for_plane_tiles(const Dense& d, int64_t size, const F& f) {
   if (d.s > size) {

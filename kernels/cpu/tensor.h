@@ -88,16 +88,17 @@ inline bool is_dense(const Tensor& x, bool nhwc) {
 inline Dense dense(const Tensor& x, const char* name) {
   FASTRES_CHECK(x.is_cpu(), name, " must be a CPU tensor");
   const ScalarType type = x.scalar_type();
-  FASTRES_CHECK_TYPE(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
-                         type == ScalarType::Half,
+  FASTRES_CHECK_TYPE(type == ScalarType::Float || type == ScalarType::Double ||
+                         type == ScalarType::BFloat16 || type == ScalarType::Half,
                      name, " must be float32, float64, bfloat16 or float16");
   const auto sizes = x.sizes();
   FASTRES_CHECK(sizes.size() >= 2, name, " must have the shape [N, C, *spatial], it has ", shape_of(sizes));
   Dense d{type, sizes[0], sizes[1]};
   for (size_t i = 2; i < sizes.size(); ++i) d.s *= sizes[i];
   const bool planes = is_dense(x, false);
-  FASTRES_CHECK(planes || is_dense(x, true), name, " must be dense, contiguous or channels_last, it has the shape ",
-                shape_of(sizes), " and the strides ", shape_of(x.strides()));
+  FASTRES_CHECK(planes || is_dense(x, true), name,
+                " must be dense, contiguous or channels_last, it has the shape ", shape_of(sizes),
+                " and the strides ", shape_of(x.strides()));
   // With one pixel both orders are the same memory: long rows are the faster view.
   d.nhwc = !planes || (d.s == 1 && d.c > 1);
   return d;
@@ -122,11 +123,11 @@ inline void check_like(const Optional& t, const Tensor& x, const Dense& d, const
 // A vector of per-channel numbers, fp32 (fp64 if the activations are).
 inline void check_channels(const Tensor& t, const Dense& d, const char* name) {
   FASTRES_CHECK(t.is_cpu(), name, " must be a CPU tensor");
-  FASTRES_CHECK_TYPE(t.scalar_type() == acc_type(d.type), name, " is ", name_of(t.scalar_type()), ", expected ",
-                     name_of(acc_type(d.type)));
+  FASTRES_CHECK_TYPE(t.scalar_type() == acc_type(d.type), name, " is ", name_of(t.scalar_type()),
+                     ", expected ", name_of(acc_type(d.type)));
   const auto sizes = t.sizes();
-  FASTRES_CHECK(sizes.size() == 1 && sizes[0] == d.c, name, " has the shape ", shape_of(sizes), ", expected [", d.c,
-                "]");
+  FASTRES_CHECK(sizes.size() == 1 && sizes[0] == d.c, name, " has the shape ", shape_of(sizes),
+                ", expected [", d.c, "]");
   FASTRES_CHECK(d.c <= 1 || t.strides()[0] == 1, name, " must be contiguous");
 }
 

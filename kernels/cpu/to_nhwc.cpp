@@ -1,4 +1,4 @@
-// Copy a contiguous fp32 tensor [N, C, *spatial] into channels_last order, rounding on the way if that is wanted.
+// Copy a contiguous fp32 tensor [N, C, *spatial] into channels_last order, rounding on the way if wanted.
 #include <algorithm>
 #include <utility>
 
@@ -97,9 +97,11 @@ void copy(const float* x, U* out, const Dense& d) {
   // Strips of pixels: whole vectors, so that only an image's end has a tail.
   constexpr int64_t kStrip = 1024;
   const int64_t strips = (d.s + kStrip - 1) / kStrip;
-  parallel_for(0, d.n * strips, std::max<int64_t>(1, kGrain / (kStrip * d.c)), [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, kGrain / (kStrip * d.c));
+  parallel_for(0, d.n * strips, grain, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
-      const int64_t image = k / strips * d.c * d.s, from = k % strips * kStrip, to = std::min(from + kStrip, d.s);
+      const int64_t image = k / strips * d.c * d.s, from = k % strips * kStrip,
+                    to = std::min(from + kStrip, d.s);
       if (d.c == 3)
         copy_image_rgb(x + image, out + image, d.s, from, to);
       else
@@ -113,7 +115,8 @@ void to_nhwc(const Tensor& x, const Tensor& out) {
   FASTRES_CHECK(is_dense(x, false), "x must be contiguous, its strides are ", shape_of(x.strides()));
   FASTRES_CHECK_TYPE(d.type == ScalarType::Float, "x is ", name_of(d.type), ", expected float32");
   const ScalarType to = out.scalar_type();
-  FASTRES_CHECK_TYPE(acc_type(to) == ScalarType::Float, "out is float64, expected float32, bfloat16 or float16");
+  FASTRES_CHECK_TYPE(acc_type(to) == ScalarType::Float,
+                     "out is float64, expected float32, bfloat16 or float16");
   Dense want = d;
   want.type = to;
   want.nhwc = true;

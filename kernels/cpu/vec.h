@@ -1,4 +1,4 @@
-// Vectors as GCC and Clang have them built in: one width per machine, arithmetic in fp32 (fp64 for fp64 tensors).
+// Vectors as GCC and Clang have them built in, one width per machine; arithmetic in fp32, fp64 for fp64.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -102,7 +102,8 @@ inline void store(BFloat16* p, Vec<float> v) {
 
 inline void store(Half* p, Vec<float> v) {
 #if defined(__AVX512F__) && defined(__AVX512BW__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 #else
