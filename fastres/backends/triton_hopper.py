@@ -1,3 +1,3 @@
 """The Hopper family (Gluon: TMA, mbarriers, wgmma): importing this registers its candidates."""
 
-from fastres.backends import triton_hopper_block, triton_hopper_conv  # noqa: F401
+from fastres.backends import triton_hopper_block, triton_hopper_conv, triton_hopper_stem  # noqa: F401

@@ -367,7 +367,24 @@ _PATCHES = {
     "max16": lambda a, b: torch.maximum(a, b),
     "pin": lambda v: v,
     "row_above": lambda v: torch.roll(v, 1, dims=1),
+    "row_of_eight": lambda v: torch.arange(8).view(1, 8, 1),
 }
+
+
+class Number(int):
+    """An integer of the kernel: it can be told to be wide."""
+
+    def to(self, dtype):
+        return self
+
+    __add__ = __radd__ = lambda a, b: _number(int.__add__(a, b) if isinstance(b, int) else NotImplemented)
+    __mul__ = __rmul__ = lambda a, b: _number(int.__mul__(a, b) if isinstance(b, int) else NotImplemented)
+    __floordiv__ = lambda a, b: Number(int(a) // b)
+    __mod__ = lambda a, b: Number(int(a) % b)
+
+
+def _number(value):
+    return value if value is NotImplemented else Number(value)
 
 
 class _Layout:
@@ -487,7 +504,7 @@ def _fakes(machine: Machine) -> dict:
 
     gl = types.SimpleNamespace(
         constexpr=object, static_range=range, static_assert=lambda *a: None, num_warps=lambda: machine.num_warps,
-        program_id=lambda axis=0: machine.task.block.number, num_programs=lambda axis=0: machine.grid,
+        program_id=lambda axis=0: Number(machine.task.block.number), num_programs=lambda axis=0: machine.grid,
         float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16, int32=torch.int32, int64=torch.int64,
         zeros=lambda shape, dtype, layout: torch.zeros(tuple(shape), dtype=dtype),
         full=lambda shape, value, dtype, layout: torch.full(tuple(shape), value, dtype=dtype),

@@ -14,8 +14,8 @@ from problems import H100, check_candidate, conv_problem, problem_of
 from fastres.activation import IDENTITY, RELU, Activation
 from fastres.backends import triton_hopper, triton_hopper_common  # noqa: F401
 from fastres.plan.candidate import REGISTRY
-from fastres.plan.pattern import DUAL, EXPAND_REDUCE, SHIFTED_BLOCK
-from fastres.plan.problem import ConvSpec
+from fastres.plan.pattern import DUAL, EXPAND_REDUCE, SHIFTED_BLOCK, STEM_POOL
+from fastres.plan.problem import ConvSpec, PoolSpec
 
 BF16 = torch.bfloat16
 SEEDS = (0, 1, 2)
@@ -33,7 +33,8 @@ def machine(monkeypatch):
 
     def run(call):
         columns = call.arguments.get("columns", 1) if call.arguments.get("STATIONARY") else 1
-        grid = min(call.grid, max(control.blocks // columns, 1) * columns)
+        persistent = "tiles" in call.arguments
+        grid = min(call.grid, max(control.blocks // columns, 1) * columns) if persistent else call.grid
         ran = Machine(call.kernel, grid, call.arguments, call.options["num_warps"], control.seed)
         control.runs.append((call, ran))
         control.seed += 1
@@ -217,3 +218,26 @@ def test_shifted_block_is_exact_on_whole_numbers(machine, reduced, project, seed
     problem = shifted_block(2, 19, 14, reduced, project=project)
     for config in REGISTRY["hopper.shifted_block"].configs(problem, H100):
         check(machine, "hopper.shifted_block", problem, config, runs=1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_halo_is_exact_on_whole_numbers(machine, residual, seed):
+    machine.seed = 100 * seed
+    problem = conv_problem(2, 64, 21, 19, 64, 3, BF16, act=RELU, residual=residual)
+    for config in REGISTRY["hopper.halo"].configs(problem, H100):
+        check(machine, "hopper.halo", problem, config, runs=1)
+
+
+def stem(n, h, w, dtype=BF16):
+    conv = ConvSpec(n, 3, h, w, 64, (7, 7), (2, 2), (3, 3), act=RELU)
+    return problem_of(STEM_POOL, dtype, conv=conv, pool=PoolSpec(*conv.y_shape, (3, 3), (2, 2), (1, 1)))
+
+
+@pytest.mark.parametrize(("h", "w"), [(16, 12), (20, 224), (8, 240), (64, 64)])
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
+def test_stem_pool_is_exact_on_whole_numbers(machine, h, w, dtype):
+    from fastres.backends.triton_hopper_stem import StemConfig
+
+    for rows in (3, 56):
+        check(machine, "hopper.stem_pool", stem(2, h, w, dtype), StemConfig(rows), runs=1)

@@ -1,0 +1,189 @@
+"""The stem in one kernel: max_pool3x3/2(relu(conv7x7/2(x, w) + shift)), 3 -> 64 channels, NHWC; the convolution's output is
+never written. H and W are multiples of 4.
+
+Im2col without staging. For filter row r the 7 taps x 3 channels of output column q are 21 adjacent elements of input row
+2p - 3 + r, from 6q - 9 on. The kernel takes the 24 from 6q - 10 on (even: 4-byte loads) with zero weights for the three
+others: K = 7 * 24 = 168, padded to 11 steps of 16; in the padding stand ones, and in the weights there the shift, as a sum
+of 16-bit numbers: it takes no registers then. (An infinity or NaN of the image meets those zero weights too, and so
+reaches one convolution column further than it should.) Loads go from global memory straight into the registers of wgmma's A
+operand, 4 a warp and step, all at immediate offsets from one base; only the weights are in shared memory.
+
+The pool happens in registers. Rows of warp w are pooled columns 14w - 1 … 14w + 14 (16 rows, 14 results: four warps make
+56 columns). One product holds the even convolution columns 2 pw, another the odd ones 2 pw + 1; convolution rows are kept
+as a running maximum in 16 bits (what the separate convolution would have stored), and the missing neighbour 2 pw - 1 is
+the odd product one row up: a rotation by 4 lanes. ReLU commutes with the maximum and comes last.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+STEPS = gl.constexpr(11)
+
+
+@gluon.jit
+def pin(v):
+    """Defines the packed registers here: the volatile move keeps LLVM from sinking the packing of pairs in between the
+    products, which makes ptxas serialise them."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [v], dtype=v.dtype, is_pure=False, pack=2)
+
+
+@gluon.jit
+def row_above(v):
+    """Of packed pairs: the value that the lane 4 below holds, cyclically; one row up among 8."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .u32 l; mov.u32 l, %laneid; add.u32 l, l, 28; shfl.sync.idx.b32 $0, $1, l, 31, 0xffffffff; }",
+        "=r,r",
+        [v],
+        dtype=v.dtype,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def max16(a, b):
+    """Maximum of packed pairs; a NaN stays one."""
+    if a.dtype == gl.bfloat16:
+        out = gl.inline_asm_elementwise(
+            "max.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.bfloat16, is_pure=True, pack=2
+        )
+    else:
+        out = gl.inline_asm_elementwise(
+            "max.NaN.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.float16, is_pure=True, pack=2
+        )
+    return out
+
+
+@gluon.jit
+def row_of_eight(v):
+    """0 … 7 along axis 1 of v [4, 8, C]."""
+    i = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(2, v.type.layout)))
+    return gl.expand_dims(gl.expand_dims(i, 0), 2)
+
+
+@gluon.jit
+def halves(v):
+    """[64, 64] in the accumulator's layout → rows 0-7 and 8-15 of every warp's 16, each [4, 8, 64]: registers renamed."""
+    return gl.split(gl.permute(gl.reshape(v, (4, 2, 8, 64)), (0, 2, 3, 1)))
+
+
+@gluon.jit
+def load_step(row, p, e0, k, k8, i: gl.constexpr, ODD: gl.constexpr, H: gl.constexpr, W: gl.constexpr):
+    """A operand [64, 16] of step i: two groups of 8 elements; group g is elements 8 (g % 3) … of the window in filter row
+    g // 3 (there is no row 7: ones). row: pointers [64, 16] to input row 2p - 3, element e0 + k; every address is such a
+    pointer plus a constant. ODD: the window of the odd column, 6 elements on."""
+    LINE: gl.constexpr = 3 * W
+    AT: gl.constexpr = 6 * ODD
+    ra: gl.constexpr = (2 * i) // 3
+    ga: gl.constexpr = (2 * i) % 3
+    rb: gl.constexpr = (2 * i + 1) // 3
+    gb: gl.constexpr = (2 * i + 1) % 3
+    h = 2 * p - 3
+    e = gl.expand_dims(e0, 1) + gl.expand_dims(k + k8 * (8 * (gb - ga) - 8) + (8 * ga + AT), 0)
+    offset = gl.expand_dims(k8 * ((rb - ra) * LINE + 8 * (gb - ga) - 8) + (ra * LINE + 8 * ga + AT), 0)
+    inside = (e >= 0) & (e < LINE)
+    if rb == ra:
+        inside = inside & ((h + ra >= 0) & (h + ra < H))
+    elif rb == 7:
+        inside = inside & gl.expand_dims((k8 == 0) & ((h + ra >= 0) & (h + ra < H)), 0)
+    else:
+        hk = h + ra + k8 * (rb - ra)
+        inside = inside & gl.expand_dims((hk >= 0) & (hk < H), 0)
+    a = gl.load(row + offset, mask=inside, other=0.0)
+    if rb == 7:
+        a = gl.where(gl.expand_dims(k8 == 1, 0), 1.0, a).to(a.dtype)
+    return a
+
+
+@gluon.jit
+def conv_columns(
+    row, p, e0, k, k8, w_buf, ODD: gl.constexpr, H: gl.constexpr, W: gl.constexpr, ACC: gl.constexpr
+):
+    """Convolution row p at the even (or ODD) columns of the 64 pooled ones: [64, 64]."""
+    loaded = ()
+    for i in gl.static_range(STEPS):
+        loaded = loaded + (load_step(row, p, e0, k, k8, i, ODD, H, W),)  # noqa: RUF005
+    a = ()
+    for i in gl.static_range(STEPS):
+        a = a + (pin(loaded[i]),)  # noqa: RUF005
+    acc = gl.zeros((64, 64), gl.float32, ACC)
+    for i in gl.static_range(STEPS):
+        acc = warpgroup_mma(a[i], w_buf.index(i).permute((1, 0)), acc, use_acc=i > 0, is_async=True)
+    return warpgroup_mma_wait(0, deps=(acc,))
+
+
+@gluon.jit
+def conv_row(x, p, e0, k, k8, w_buf, H: gl.constexpr, W: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr):
+    """Convolution row p plus shift, in 16 bits: even columns, odd columns."""
+    row = x + (2 * p - 3) * (3 * W)
+    even = conv_columns(row, p, e0, k, k8, w_buf, 0, H, W, ACC)
+    odd = conv_columns(row, p, e0, k, k8, w_buf, 1, H, W, ACC)
+    return even.to(dtype), odd.to(dtype)
+
+
+@gluon.jit
+def stem_pool_kernel(x, w, y, H: gl.constexpr, W: gl.constexpr, ROWS: gl.constexpr):
+    """x [N, H, W, 3], y [N, H / 4, W / 4, 64], w [11, 64, 16] with BN's scale and shift. A program of 4 warps makes ROWS
+    pooled rows of 56 pooled columns; the grid is N * ceil(H / 4 / ROWS) * ceil(W / 4 / 56)."""
+    dtype: gl.constexpr = x.dtype.element_ty
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    WEIGHTS: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])
+    STORED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    PH: gl.constexpr = H // 4
+    PW: gl.constexpr = W // 4
+    DOWN: gl.constexpr = (PH + ROWS - 1) // ROWS
+    ACROSS: gl.constexpr = (PW + 55) // 56
+    w_buf = gl.allocate_shared_memory(dtype, [STEPS, 64, 16], gl.NVMMASharedLayout(32, 16, 2))
+    o_n = gl.arange(0, 64, gl.SliceLayout(1, WEIGHTS))
+    o_w = gl.arange(0, 16, gl.SliceLayout(0, WEIGHTS))
+    for i in gl.static_range(STEPS):
+        w_buf.index(i).store(gl.load(w + i * 1024 + gl.expand_dims(o_n, 1) * 16 + gl.expand_dims(o_w, 0)))
+    fence_async_shared()
+    pid = gl.program_id(0)
+    left = pid % ACROSS * 56
+    strip = pid // ACROSS
+    n = strip // DOWN
+    top = strip % DOWN * ROWS
+    bottom = gl.minimum(top + ROWS, PH)
+    m = gl.arange(0, 64, gl.SliceLayout(1, A))
+    k = gl.arange(0, 16, gl.SliceLayout(0, A))
+    k8 = k // 8
+    e0 = (left + (m // 16) * 14 + (m % 16) - 1) * 12 - 10
+    image = x + n.to(gl.int64) * (H * W * 3)
+    window = image + (gl.expand_dims(e0, 1) + gl.expand_dims(k, 0))
+    # The odd column beside pooled column 0 is convolution column -1: padding.
+    first = gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(1, ACC)) == 0, 1) & (left == 0)
+    o_m = gl.arange(0, 64, gl.SliceLayout(1, STORED))
+    o_k = gl.arange(0, 64, gl.SliceLayout(0, STORED))
+    pw = left + (o_m // 16) * 14 + (o_m % 16) - 1
+    kept = gl.expand_dims((o_m % 16 >= 1) & (o_m % 16 <= 14) & (pw < PW), 1)
+    lowest = gl.full((64, 64), float("-inf"), dtype, ACC)
+    zero = gl.full((64, 64), 0.0, dtype, ACC)
+    even, odd = conv_row(window, 2 * top - 1, e0, k, k8, w_buf, H, W, ACC, dtype)
+    if top == 0:
+        even = lowest
+        odd = lowest
+    for ph in range(top, bottom):
+        e, o = conv_row(window, 2 * ph, e0, k, k8, w_buf, H, W, ACC, dtype)
+        best_e = max16(even, e)
+        best_o = max16(odd, o)
+        even, odd = conv_row(window, 2 * ph + 1, e0, k, k8, w_buf, H, W, ACC, dtype)
+        best_e = max16(best_e, even)
+        best_o = gl.where(first, lowest, max16(best_o, odd))
+        b0, b1 = halves(max16(max16(best_e, best_o), zero))
+        o0, o1 = halves(best_o)
+        r0 = row_above(o0)
+        r1 = row_above(o1)
+        b0 = max16(b0, r0)
+        # Row 8's upper neighbour is row 7, in the other half.
+        b1 = max16(b1, gl.where(row_of_eight(r0) == 0, r0, r1))
+        out = gl.reshape(gl.permute(gl.join(b0, b1), (0, 3, 1, 2)), (64, 64))
+        out = gl.convert_layout(out, STORED)
+        at = y + (n * PH + ph).to(gl.int64) * (PW * 64)
+        gl.store(at + gl.expand_dims(pw * 64, 1) + gl.expand_dims(o_k, 0), out, mask=kept)
