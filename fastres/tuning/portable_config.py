@@ -153,3 +153,103 @@ def _tiles(m: int, k: int, block_m: int, block_n: int) -> int:
 
 def _pow2(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class TileConfig(Config):
+    """A tile of a matrix product: rows (pixels), columns (output channels), reduction; compiler options."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def dual_configs(problem: Problem, target: Target, shared: int) -> list[TileConfig]:
+    """128x128 with 4 warps and 3 stages: 192 us for 128+256->512 @56/2 (floor 120), 150 for 256+512->1024
+    (105), 139 for 512+1024->2048 (105), better than with 8 warps: two blocks then share a multiprocessor."""
+    expand, size = problem["expand"], problem.dtype.itemsize
+    m = expand.n * expand.p * expand.q
+    depth = min(problem["shortcut"].c, expand.c)
+    block_k = max(16, min(128 // size, _pow2(depth)))
+    # With 4 warps a 128x128 tile leaves few registers for pointers: two long loops then spill (Triton 3.8).
+    few = target.capability == 90 and expand.c + problem["shortcut"].c < 512
+    tiles = [
+        (128, 128, 4 if few else 8),
+        (128, 64, 4),
+        (64, 128, 4),
+        (64, 64, 4),
+        (32, 32, 4),
+        (16, 32, 2),
+    ]
+    if size == 4:
+        tiles = [tile for tile in tiles if tile[0] * tile[1] <= 64 * 64]
+    tiles = [tile for tile in tiles if tile[1] <= max(32, _pow2(expand.k))]
+    tiles.sort(key=lambda tile: max(0, target.sms - _tiles(m, expand.k, tile[0], tile[1])))
+    return [
+        TileConfig(block_m, block_n, block_k, warps, stages)
+        for block_m, block_n, warps in tiles
+        for stages in (3, 4)
+        if stages * block_k * (block_m + block_n) * size <= shared
+    ]
+
+
+@dataclass(frozen=True)
+class ChainConfig(Config):
+    """Of `triton.expand_reduce` and `triton.shifted_block`.
+
+    Attributes:
+        block_m: pixels of a tile.
+        block_e: expand channels a step.
+        block_s, block_c: reduction of a step of the shortcut and of the 3x3.
+        num_warps, num_stages: of the compiler.
+    """
+
+    block_m: int
+    block_e: int
+    block_s: int
+    block_c: int
+    num_warps: int
+    num_stages: int
+
+
+def expand_reduce_configs(problem: Problem, target: Target, shared: int) -> list[ChainConfig]:
+    """Unmeasured in plain Triton. 128 pixels a tile halve the weights' traffic; z stays in registers."""
+    expand, reduce, shortcut = problem["expand"], problem.get("reduce"), problem.get("shortcut")
+    size = problem.dtype.itemsize
+    wide_z = _pow2(reduce.k) if reduce else 16
+    c1 = _pow2(expand.c)
+    if max(c1, wide_z) > 512 // size:
+        return []
+    block_s = max(16, min(128 // size, _pow2(shortcut.c))) if shortcut else 16
+    m = expand.n * expand.p * expand.q
+    found = []
+    # Registers of a thread: z, the step's product, the shortcut's, the middle activation. Beyond these limits
+    # the compiler spills (Triton 3.8); only Hopper takes the middle activation from shared memory.
+    limit = (200 if shortcut else 230) if target.capability == 90 else 125
+    for block_m, warps in ((128, 8), (64, 8), (64, 4), (32, 4), (16, 2)):
+        for block_e in (64, 32, 128):
+            words = wide_z + block_e * (2 if shortcut else 1) + c1 * size // 4
+            if words * block_m > limit * 32 * warps:
+                continue
+            for stages in (2, 3, 1):
+                need = block_m * c1 + stages * block_e * (c1 + wide_z)
+                need += stages * block_s * (block_m + block_e) if shortcut else 0
+                if need * size <= shared:
+                    found.append(ChainConfig(block_m, block_e, block_s, 16, warps, stages))
+    found.sort(key=lambda config: max(0, target.sms - -(-m // config.block_m)))
+    return found
+
+
+def shifted_block_configs(problem: Problem, target: Target, shared: int) -> list[ChainConfig]:
+    """Unmeasured in plain Triton: as `expand_reduce`, with the middle activation in registers."""
+    conv, size = problem["conv"], problem.dtype.itemsize
+    if _pow2(conv.k) > 256 // size:
+        return []
+    block_c = max(16, min(128 // size, _pow2(conv.c)))
+    return [
+        replace(config, block_c=block_c)
+        for config in expand_reduce_configs(problem, target, shared)
+        if config.num_stages * block_c * (config.block_m + _pow2(conv.k)) * size <= shared
+    ]
