@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 import tempfile
@@ -14,6 +15,7 @@ import typer
 
 from benchmarks import engine, results, summary
 from benchmarks.case import Case
+from benchmarks.compare import comparison, peer_deviations
 from benchmarks.levels import LEVELS, cases
 from benchmarks.providers import providers
 from benchmarks.providers.base import Provider
@@ -21,9 +23,11 @@ from benchmarks.scope import Scope, scope
 from fastres.bench.environment import environment
 from fastres.bench.table import console, progress
 from fastres.bench.timing import threads
+from fastres.plan.problem import dtype_name
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=False)
 RESULTS = Path(__file__).parent / "results"
+RECORDED = RESULTS / "recorded" / "h100-80gb-hbm3-2026-11-23-peers.csv"
 
 
 @app.callback(invoke_without_command=True)
@@ -92,10 +96,12 @@ def _measure_all(listed: list[Case], chosen: list[Provider], covered: Scope) -> 
     start = time.monotonic()
     deadline = None if covered.minutes is None else start + 60 * covered.minutes
     rows: list[results.Row] = []
+    spent: dict[str, float] = {}
     with cache, progress() as bar:
         total = sum(len(engine.entries(case, chosen, covered)) for case in listed)
         task = bar.add_task("start", total=total)
         for case in listed:
+            began = time.monotonic()
             at = f"{case.level}: {case.name}, batch {case.batch}"
             rows += engine.measure(
                 case,
@@ -104,8 +110,9 @@ def _measure_all(listed: list[Case], chosen: list[Provider], covered: Scope) -> 
                 deadline=deadline,
                 on_entry=lambda name, at=at: bar.update(task, advance=1, description=f"{at}, {name}"),
             )
-    seconds = time.monotonic() - start
-    print(f"{len(rows)} rows in {seconds // 60:.0f} min {seconds % 60:.0f} s", file=sys.stderr)
+            spent[case.level] = spent.get(case.level, 0.0) + time.monotonic() - began
+    spent["all"] = time.monotonic() - start
+    print(f"{len(rows)} rows; seconds:", *(f"{k} {v:.0f}" for k, v in spent.items()), file=sys.stderr)
     return rows
 
 
@@ -117,14 +124,42 @@ def compare(
     threshold: Annotated[float, typer.Option(help="What counts as slower beyond the noise.")] = 0.03,
 ) -> None:
     """Ratios of two runs with their noise; exit code 1 if something became slower beyond it."""
-    from benchmarks.compare import comparison
-
     try:
         shown, slower = comparison(results.read(before), results.read(after), provider, threshold)
     except (ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     console().print(shown)
     if slower:
+        raise typer.Exit(1)
+
+
+@app.command()
+def peers(
+    out: Annotated[Path, typer.Option(help="Folder for the CSV and the charts.")],
+    recorded: Annotated[Path, typer.Option(help="What it is compared with.")] = RECORDED,
+) -> None:
+    """Measure the peers' recorded rows again (ResNet-50 on a GPU); exit 1 if one is off by 10 %."""
+    if not torch.cuda.is_available():
+        raise typer.BadParameter("the recorded rows are a GPU's, and none is visible here")
+    before = results.read(recorded)
+    covered = dataclasses.replace(
+        scope("full", "cuda", "bf16,fp16,fp32", "1,32,256", "resnet50", seconds=0.4), minutes=None
+    )
+    wanted = {(row.level, row.batch, row.dtype) for row in before.rows}
+    listed = [
+        case
+        for level in ("model", "training")
+        for case in cases(level, covered)
+        if (level, case.batch, dtype_name(case.dtype)) in wanted
+    ]
+    machine = environment(covered.device)
+    rows = _measure_all(listed, providers(sorted({row.provider for row in before.rows})), covered)
+    path = out / f"{machine.slug}-{machine.date[:10]}-peers.csv"
+    results.write(path, rows, machine)
+    shown, off = peer_deviations(before, results.read(path))
+    console().print(shown)
+    print(f"wrote {path}")
+    if off:
         raise typer.Exit(1)
 
 

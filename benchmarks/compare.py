@@ -38,7 +38,7 @@ def comparison(
         if verdict in ("slower", "lost"):
             slower.append(row)
         ratio = None if row.median_ms is None else row.median_ms / old.median_ms
-        spread = "–" if ratio is None else f"{row.p20_ms / old.p80_ms:.2f} to {row.p80_ms / old.p20_ms:.2f}"
+        spread = "–" if ratio is None else f"{row.p20_ms / _p80(old):.2f} to {row.p80_ms / _p20(old):.2f}"
         lines.append(
             [
                 row.level,
@@ -69,13 +69,45 @@ def comparison(
     return table("after / before, above 1 is slower", columns, lines, caption), slower
 
 
+def _p20(row: Row) -> float:
+    return row.median_ms if row.p20_ms is None else row.p20_ms
+
+
+def _p80(row: Row) -> float:
+    return row.median_ms if row.p80_ms is None else row.p80_ms
+
+
 def _verdict(old: Row, new: Row, threshold: float) -> str:
     if new.status == "skipped":
         return "not run"
     if new.status != "ok":
         return "lost"
-    if new.median_ms > old.median_ms * (1 + threshold) and new.p20_ms > old.p80_ms:
+    if new.median_ms > old.median_ms * (1 + threshold) and new.p20_ms > _p80(old):
         return "slower"
-    if new.median_ms < old.median_ms / (1 + threshold) and new.p80_ms < old.p20_ms:
+    if new.median_ms < old.median_ms / (1 + threshold) and new.p80_ms < _p20(old):
         return "faster"
     return "same"
+
+
+def peer_deviations(recorded: Results, measured: Results, allowed: float = 0.10) -> tuple[Table, list[Row]]:
+    """Recorded rows against measured ones, and the measured rows that are off by more than `allowed`, either
+    way (none on another device: there is nothing to reproduce there)."""
+    new = {row.key: row for row in measured.rows}
+    same_device = recorded.environment["device"] == measured.environment["device"]
+    off, lines = [], []
+    for old in recorded.rows:
+        row = new.get(old.key)
+        ratio = None if row is None or row.median_ms is None else row.median_ms / old.median_ms
+        if same_device and row is not None and (ratio is None or abs(ratio - 1) > allowed):
+            off.append(row)
+        reason = "not run" if row is None else row.reason
+        cells = [
+            figure(old.median_ms),
+            "–" if ratio is None else figure(row.median_ms),
+            figure(ratio),
+            reason,
+        ]
+        lines.append([old.level, old.dtype, old.batch, old.provider, *cells])
+    columns = ("level", "dtype", ">batch", "provider", ">recorded ms", ">measured ms", ">ratio", "why none")
+    title = f"recorded on {recorded.environment['device']}, measured on {measured.environment['device']}"
+    return table(title, columns, lines, f"off by more than {allowed:.0%}: {len(off)}"), off

@@ -36,17 +36,7 @@ _RESERVE_S = 5.0
 
 def entries(case: Case, providers: Sequence[Provider], scope: Scope) -> list[Entry]:
     """What the providers do at a case, the baseline first."""
-    taking_part = []
-    for provider in providers:
-        if case.level not in provider.levels:
-            continue
-        if scope.size != "full" and not provider.quick:
-            continue
-        if scope.size == "quick" and case.level not in (provider.quick_levels or provider.levels):
-            continue
-        if scope.size == "smoke" and provider.quick_levels is not None:
-            continue
-        taking_part.append(provider.entry(case))
+    taking_part = [p.entry(case) for p in providers if p.takes_part(case, scope.size)]
     return sorted(taking_part, key=lambda entry: entry.provider != BASELINE)
 
 

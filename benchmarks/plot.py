@@ -30,7 +30,7 @@ from fastres.plan.problem import ConvSpec, dtype_from_name
 
 # Okabe and Ito's colours, told apart with any colour vision; fastres is always vermilion.
 _PEERS = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#000000", "#F0E442")
-_OURS = ("#D55E00", "#E8833A", "#F2A978", "#B34700", "#8C3800", "#FFC9A3")
+_OURS = ("#D55E00", "#FFC9A3", "#F2A978", "#B34700", "#E8833A", "#8C3800", "#FF8C66", "#C44536", "#5C2A0D")
 _MARKERS = "osDv^<>Px*"
 
 
@@ -58,11 +58,12 @@ def plot(run: Results, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
 
 
 def machine(run: Results) -> str:
-    """One line: device, threads, torch, date."""
+    """Two lines: device and threads; torch, date, commit."""
     env = run.environment
     threads = f", {env['threads']} thread{'s' * (env['threads'] != '1')}" if env["threads"] else ""
     return (
-        f"{env['device']}{threads}, torch {env['torch']}, {env['date'][:10]}, commit {env['commit'] or '?'}"
+        f"{env['device']}{threads}\n"
+        f"torch {env['torch']}, {env['date'][:10]}, commit {env['commit'] or 'unknown'}"
     )
 
 
@@ -167,7 +168,7 @@ def latency(run: Results) -> Figure | None:
         for axis in axes[0]
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize=8)
     figure.suptitle(f"{machine(run)}\nmedian; whisker up to p99", fontsize=10)
     return figure
 
@@ -302,7 +303,7 @@ def roofline(run: Results) -> Figure | None:
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(f"{unit} (more is better)")
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
     figure.suptitle(machine(run), fontsize=10)
     return figure
 

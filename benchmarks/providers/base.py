@@ -28,6 +28,14 @@ class Provider:
     quick_levels: frozenset[str] | None = None
     capturable = True
 
+    def takes_part(self, case: Case, size: str) -> bool:
+        """Whether it is listed at `case` in a run of `size` ("smoke", "quick", "full")."""
+        if case.level not in self.levels:
+            return False
+        if size == "smoke":
+            return self.quick and self.quick_levels is None
+        return size == "full" or (self.quick and case.level in (self.quick_levels or self.levels))
+
     def skip(self, case: Case) -> str:
         """Why it cannot run `case`, or an empty string."""
         return ""

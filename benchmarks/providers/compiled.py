@@ -26,6 +26,12 @@ class Compiled(Provider):
         # Both modes bring CUDA graphs of their own.
         self.capturable = mode == "default"
 
+    def takes_part(self, case: Case, size: str) -> bool:
+        # On a CPU compiling a training step takes minutes.
+        if size == "quick" and case.level == "training" and case.device.type == "cpu":
+            return False
+        return super().takes_part(case, size)
+
     def skip(self, case: Case) -> str:
         if case.device.type == "cpu" and self.mode == "reduce-overhead":
             return "CUDA graphs are all that this mode adds"

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from benchmarks import engine, levels, results, shapes
 from benchmarks.case import Case, Subject
-from benchmarks.cli import app
+from benchmarks.cli import RECORDED, app
+from benchmarks.compare import peer_deviations
 from benchmarks.levels import LEVELS
 from benchmarks.providers import BASELINE, providers
 from benchmarks.providers.base import Provider
@@ -233,3 +234,18 @@ def test_a_run_writes_a_csv_and_charts(tmp_path):
     assert {row.status for row in rows if not row.provider.endswith("graph")} == {"ok"}
     kinds = {chart.stem.rsplit("-", 1)[1] for chart in tmp_path.glob("*.png")}
     assert kinds == {"speedup", "latency", "roofline"}
+
+
+def test_recorded_rows_are_reproduced_within_a_tenth_or_named(write):
+    recorded = results.read(write("a.csv", _row(p20_ms=None, p80_ms=None), _row(batch=9)))
+    near, off = (results.read(write(f"{ms}.csv", _row(median_ms=ms))) for ms in (10.9, 8.8))
+    assert peer_deviations(recorded, near)[1] == []
+    assert [row.median_ms for row in peer_deviations(recorded, off)[1]] == [8.8]
+    off.environment["device"] = "another"
+    assert peer_deviations(recorded, off)[1] == []
+
+
+def test_the_shipped_record_can_be_read_and_its_providers_exist():
+    recorded = results.read(RECORDED)
+    assert {row.provider for row in recorded.rows} <= {provider.name for provider in providers()}
+    assert {row.batch for row in recorded.rows} == {1, 32, 256}
