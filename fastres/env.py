@@ -14,6 +14,7 @@ VARIABLES = {
     "FASTRES_LOG": "level of the `fastres` logger: debug, info, warning, error (default: warning)",
     "FASTRES_BUILD": "0: never run a compiler, use prebuilt or cached libraries only (default: 1)",
     "FASTRES_CUDA_ARCH": "architectures to build CUDA kernels for, as in '8.0 9.0a' (default: the GPUs here)",
+    "FASTRES_CUDA_DEBUG": "1: CUDA kernels give up a wait that lasts too long instead of hanging (default: 0)",
     "FASTRES_TRITON36": "tests only: folder that holds Triton 3.6, for the compile gate on two versions",
 }
 
@@ -59,6 +60,14 @@ def may_build() -> bool:
 def cuda_arch() -> tuple[str, ...]:
     """CUDA architectures to build for, such as ('8.0', '9.0a'); empty: those of the GPUs here."""
     return tuple((_read("FASTRES_CUDA_ARCH") or "").replace(",", " ").replace(";", " ").split())
+
+
+def cuda_debug() -> bool:
+    """Whether CUDA kernels are built with bounded waits."""
+    value = _read("FASTRES_CUDA_DEBUG") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"FASTRES_CUDA_DEBUG is {value!r}, it takes 0 or 1")
+    return value == "1"
 
 
 def triton36() -> Path | None:

@@ -171,6 +171,8 @@ class Recipe:
             _gencode(self.arch)  # a wrong name is refused here
             self.flags += ["-ccbin", self.cxx, "--expt-relaxed-constexpr", "-Xptxas=-v"]
             self.flags += ["-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+            if env.cuda_debug():
+                self.flags.append("-DFASTRES_CUDA_DEBUG")
         parts = [name, self.sources, self.flags, torch.__version__, self.cxx, versions, self.arch, cpu]
         self.key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:20]
 

@@ -37,6 +37,8 @@ _SCHEMAS = (
     "sm80_conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out, "
     "Tensor? workspace, Tensor? counters, int[] geometry, int act, float act_param, int block_m, int block_n, "
     "int splits, Tensor(a!) record) -> ()",
+    "sm90_conv_latency(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out, "
+    "int[] geometry, int act, float act_param, int pixels, int cluster, Tensor(a!) record) -> ()",
     "any_pool_linear(Tensor x, Tensor weight, Tensor? bias, Tensor out, Tensor workspace, Tensor counters, "
     "Tensor(a!) record) -> ()",
 )

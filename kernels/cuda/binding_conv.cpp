@@ -68,10 +68,9 @@ ConvShape conv_shape(const Tensor& x, const Tensor& out, Ints geometry) {
   return v;
 }
 
-void sm80_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
-                      const Optional& residual, const Tensor& out, const Optional& workspace, const Optional& counters,
-                      Ints geometry, int64_t act, double act_param, int64_t block_m, int64_t block_n, int64_t splits,
-                      const Tensor& record) {
+// Everything but the tiles.
+ConvBnAct conv_arguments(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
+                         const Optional& residual, const Tensor& out, Ints geometry, int64_t act, double act_param) {
   check_device(x, "x");
   check_nhwc(x, "x");
   check_same_device(out, x, "out");
@@ -83,8 +82,7 @@ void sm80_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale
   p.shape = conv_shape(x, out, geometry);
   FASTRES_CHECK(x.numel() > 0 && out.numel() > 0, "x and out must not be empty");
   FASTRES_CHECK(act >= 0 && act < 8, "act is ", act, ", expected a code from 0 to 7");
-  const int per_chunk = 16 / static_cast<int>(type == Type::kFp32 ? 4 : 2);
-  const int64_t row = round_up(p.shape.depth(), per_chunk);
+  const int64_t row = round_up(p.shape.depth(), type == Type::kFp32 ? 4 : 8);
   check_same_device(weight, x, "weight");
   FASTRES_CHECK_TYPE(type_of(weight, "weight") == type, "weight differs from x in type");
   check_shape(weight, {p.shape.k, row}, "weight");
@@ -98,23 +96,44 @@ void sm80_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale
     FASTRES_CHECK_TYPE(type_of(*residual, "residual") == type, "residual differs from x in type");
     check_shape(*residual, {p.shape.n, p.shape.k, p.shape.p, p.shape.q}, "residual");
   }
-  const int64_t steps = ceil_div(p.shape.depth(), 4 * per_chunk);
-  FASTRES_CHECK(splits >= 1 && splits <= steps, "splits is ", splits, ", expected 1 to ", steps);
+  p.x = pointer(x), p.weight = pointer(weight), p.residual = pointer(residual), p.out = pointer(out);
+  p.scale = static_cast<const float*>(pointer(scale)), p.shift = static_cast<const float*>(pointer(shift));
+  p.weight_row = static_cast<int>(row), p.act = static_cast<int>(act), p.act_param = static_cast<float>(act_param);
+  return p;
+}
+
+void check_splits(const ConvShape& shape, int64_t splits, int step, const char* name) {
+  const int64_t steps = ceil_div(shape.depth(), step);
+  FASTRES_CHECK(splits >= 1 && splits <= steps, name, " is ", splits, ", expected 1 to ", steps);
+}
+
+void sm80_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
+                      const Optional& residual, const Tensor& out, const Optional& workspace, const Optional& counters,
+                      Ints geometry, int64_t act, double act_param, int64_t block_m, int64_t block_n, int64_t splits,
+                      const Tensor& record) {
+  ConvBnAct p = conv_arguments(x, weight, scale, shift, residual, out, geometry, act, act_param);
+  const Type type = type_of(x, "x");
+  check_splits(p.shape, splits, type == Type::kFp32 ? 16 : 32, "splits");
   FASTRES_CHECK(block_m > 0 && block_n > 0, "block_m and block_n must be positive");
-  const ConvTiles tiles = ConvTiles::of(p.shape, static_cast<int>(block_m), static_cast<int>(block_n),
-                                        static_cast<int>(splits));
+  const int m = static_cast<int>(block_m), n = static_cast<int>(block_n), parts = static_cast<int>(splits);
+  const ConvTiles tiles = ConvTiles::of(p.shape, m, n, parts);
   FASTRES_CHECK(tiles.blocks() < int64_t{1} << 31, "more than 2^31 blocks");
   if (splits > 1) {
     FASTRES_CHECK(workspace && counters, "splits > 1 needs a workspace and counters");
     check_scratch(*workspace, x, tiles.blocks() * block_m * block_n * 4, "workspace");
     check_counters(*counters, x, tiles.tiles());
   }
-  p.x = pointer(x), p.weight = pointer(weight), p.residual = pointer(residual), p.out = pointer(out);
-  p.scale = static_cast<const float*>(pointer(scale)), p.shift = static_cast<const float*>(pointer(shift));
   p.partial = static_cast<float*>(pointer(workspace)), p.counters = static_cast<int*>(pointer(counters));
-  p.weight_row = static_cast<int>(row), p.act = static_cast<int>(act), p.act_param = static_cast<float>(act_param);
+  finish_record(x, record, [&] { return sm80_conv_record(p, type, m, n, parts); });
+}
+
+void sm90_conv_latency(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
+                       const Optional& residual, const Tensor& out, Ints geometry, int64_t act, double act_param,
+                       int64_t pixels, int64_t cluster, const Tensor& record) {
+  const ConvBnAct p = conv_arguments(x, weight, scale, shift, residual, out, geometry, act, act_param);
+  check_splits(p.shape, cluster, 64, "cluster");
   finish_record(x, record, [&] {
-    return sm80_conv_record(p, type, static_cast<int>(block_m), static_cast<int>(block_n), static_cast<int>(splits));
+    return sm90_conv_latency_record(p, type_of(x, "x"), static_cast<int>(pixels), static_cast<int>(cluster));
   });
 }
 
@@ -154,5 +173,6 @@ void any_pool_linear(const Tensor& x, const Tensor& weight, const Optional& bias
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_cuda, CompositeExplicitAutograd, m) {
   m.impl("sm80_conv_bn_act", TORCH_BOX(&fastres::sm80_conv_bn_act));
+  m.impl("sm90_conv_latency", TORCH_BOX(&fastres::sm90_conv_latency));
   m.impl("any_pool_linear", TORCH_BOX(&fastres::any_pool_linear));
 }

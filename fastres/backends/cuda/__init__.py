@@ -1,7 +1,7 @@
 """Candidates of the CUDA C++ kernels (kernels/cuda).
 
-None of them has been timed on a GPU yet. Their `estimate_ms` is therefore a deliberate overestimate: without a
-table entry the planner takes them only where nothing measured fits; `fastres tune` can find them faster.
+None of them has been timed on a GPU yet. Their `estimate_ms` is therefore a deliberate overestimate: without
+a table entry the planner takes them only where nothing measured fits; `fastres tune` can find them faster.
 """
 
 from fastres.backends.cuda import conv_bn_act, pool_linear

@@ -47,7 +47,7 @@ class CudaCandidate(Candidate):
         return None
 
     def estimate_ms(self, problem: Problem, target: Target) -> float:
-        """2.5 times the floor and 5 us: more than cuDNN's and Triton's estimates, because nobody has measured."""
+        """2.5 times the floor and 5 us: above cuDNN's and Triton's estimates, because nobody has measured."""
         return 2.5 * super().estimate_ms(problem, target) + 0.005
 
     def launch(self, op: Any, keep: Any, *args: Any) -> cuda_ops.RecordLaunch:

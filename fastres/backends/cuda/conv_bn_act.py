@@ -1,4 +1,4 @@
-"""cuda.sm80_conv_bn_act: any convolution with BN, residual and activation, on tensor cores, Ampere and newer."""
+"""Convolutions with BN, residual and activation: any, on Ampere and newer; small batches, on Hopper."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from fastres.plan.pattern import CONV_BN_ACT
 from fastres.plan.problem import ConvSpec, Problem, Target
 from fastres.tuning.config import Config
 
-# (block_m, block_n): blocks that fit an SM at once, by registers and by shared memory (ptxas; 164 KB of an A100).
-_TILES = {(128, 128): 2, (128, 64): 3, (64, 64): 4}
+# (block_m, block_n): blocks that fit an SM, by registers (ptxas) and by an A100's 164 KB of shared memory.
+_TILES = {(128, 128): 2, (128, 64): 2, (64, 64): 4}
+_TILES_FP32 = {(128, 128): 1, (128, 64): 2, (64, 64): 4}
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 
 
@@ -75,8 +76,8 @@ class Sm80ConvBnAct(CudaCandidate):
         return None
 
     def configs(self, problem: Problem, target: Target) -> Sequence[ConvConfig]:
-        """By a model of the time, in clocks: waves of blocks, each its products at 1,024 a clock and SM (mma.sync on
-        Ampere) and 2,000 for start and epilogue. The model is unmeasured; `fastres tune` tries the best eight."""
+        """By a model of the time, in clocks: waves of blocks, each its products at 1,024 a clock and SM
+        (mma.sync on Ampere) and 2,000 for start and epilogue. Unmeasured: `fastres tune` tries eight."""
         spec = problem["conv"]
         groups = spec.groups // merged_groups(spec)
         channels = spec.c // groups
@@ -84,7 +85,9 @@ class Sm80ConvBnAct(CudaCandidate):
         steps = ceil_div(depth, 64 // problem.dtype.itemsize)
         whole = channels * problem.dtype.itemsize % 16 == 0
         found = []
-        for (block_m, block_n), resident in _TILES.items():
+        for (block_m, block_n), resident in (
+            _TILES_FP32 if problem.dtype == torch.float32 else _TILES
+        ).items():
             if (block_m, block_n) != (64, 64) and not whole:
                 continue
             tiles = ceil_div(spec.n * spec.p * spec.q, block_m) * ceil_div(spec.k // groups, block_n) * groups
@@ -140,3 +143,64 @@ class Sm80ConvBnAct(CudaCandidate):
 
 
 register(Sm80ConvBnAct())
+
+
+@dataclass(frozen=True)
+class LatencyConfig(Config):
+    """A block computes 64 filters by `pixels`; `cluster` blocks divide the depth among them."""
+
+    pixels: int
+    cluster: int
+
+
+class Sm90ConvLatency(CudaCandidate):
+    name = "cuda.sm90_conv_latency"
+    pattern = CONV_BN_ACT
+    source = "kernels/cuda/sm90_conv_latency.cu"
+    capability = 90
+
+    def refuses(self, problem: Problem, target: Target) -> str | None:
+        spec = problem["conv"]
+        if spec.n > 16:
+            return f"for batches up to 16, this is {spec.n}"
+        if spec.c // spec.groups * merged_groups(spec) % 8:
+            return f"{spec.c // spec.groups} channels a group do not fill 16 bytes"
+        return None
+
+    def configs(self, problem: Problem, target: Target) -> Sequence[LatencyConfig]:
+        """By a model of the time, in clocks: waves of blocks (an SM holds one of 64 pixels, or two of 32),
+        each 300 a step of 64 elements of depth, 2,000 for start and epilogue, 1,000 for the cluster.
+        Unmeasured."""
+        spec = problem["conv"]
+        groups = spec.groups // merged_groups(spec)
+        steps = ceil_div(spec.c // groups * spec.kernel[0] * spec.kernel[1], 64)
+        found = []
+        for pixels, resident in ((64, 1), (32, 2)):
+            tiles = ceil_div(spec.n * spec.p * spec.q, pixels) * ceil_div(spec.k // groups, 64) * groups
+            for cluster in (1, 2, 4, 8):
+                if cluster > steps:
+                    break
+                waves = ceil_div(tiles * cluster, target.sms * resident)
+                clocks = waves * (2000 + 300 * ceil_div(steps, cluster)) + (1000 if cluster > 1 else 0)
+                found.append((clocks, LatencyConfig(pixels, cluster)))
+        return tuple(config for _, config in sorted(found, key=lambda pair: pair[0]))
+
+    prepare = Sm80ConvBnAct.prepare
+
+    def bind(self, problem: Problem, config: LatencyConfig, buffers: Buffers, constants):
+        spec = problem["conv"]
+        args = (
+            buffers["conv.x"],
+            *constants,
+            buffers.get("conv.residual"),
+            buffers["conv"],
+            geometry(spec, spec.groups // merged_groups(spec)),
+            spec.act.code,
+            spec.act.param,
+            config.pixels,
+            config.cluster,
+        )
+        return self.launch(torch.ops.fastres_cuda.sm90_conv_latency, (buffers, constants), *args)
+
+
+register(Sm90ConvLatency())

@@ -1,4 +1,4 @@
-"""cuda.any_pool_linear: global average pool and the linear layer after it, in one launch, for small batches."""
+"""cuda.any_pool_linear: global average pool and linear layer in one launch, for small batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastres.plan.pattern import POOL_LINEAR
 from fastres.plan.problem import Problem, Target
 
 _ROWS, _PART_BYTES = 64, 256  # kPoolRows and kPoolLanes * 16 of any_pool_linear.h
-# Every block pools its channels anew, ceil(K / 64) times in all: beyond this the pooling outweighs the weights.
+# Every block pools its channels anew, ceil(K / 64) times in all: beyond this it outweighs the weights.
 _MAX_BATCH = 32
 
 

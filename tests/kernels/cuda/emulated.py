@@ -1,7 +1,7 @@
 """Builds kernels/cuda for the CPU: the same sources, compiled against the emulator instead of the GPU.
 
-The library registers the same torch ops, which then take CPU tensors, so that a test of a kernel, of its C++ checks
-and of its candidate runs here whole.
+The library registers the same torch ops, which then take CPU tensors, so that a test of a kernel, of its C++
+checks and of its candidate runs here whole.
 """
 
 import ctypes
@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[3]
 KERNELS = ROOT / "kernels" / "cuda"
 EMULATOR = Path(__file__).parent / "emulator"
 _FLAGS = (
-    "-O2 -mavx2 -mfma -mf16c -std=c++20 -fPIC -w -fno-strict-aliasing -DFASTRES_EMULATOR -DTORCH_TARGET_VERSION=0x020a000000000000"
+    "-O2 -mavx2 -mfma -mf16c -std=c++20 -fPIC -w -fno-strict-aliasing "
+    "-DFASTRES_EMULATOR -DTORCH_TARGET_VERSION=0x020a000000000000"
 ).split()
 
 
@@ -35,7 +36,9 @@ def cuda_include() -> Path | None:
 
 
 def _sources() -> list[Path]:
-    return [p for p in sorted(KERNELS.iterdir()) if p.suffix in (".cu", ".cpp")] + [EMULATOR / "emulator.cpp"]
+    return [
+        p for p in (*sorted(KERNELS.iterdir()), *sorted(EMULATOR.iterdir())) if p.suffix in (".cu", ".cpp")
+    ]
 
 
 def _everything() -> list[Path]:
@@ -103,7 +106,7 @@ def _load(path: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-# (order in which threads run: 0 by number, else shuffled by this seed; asynchronous work as late as possible?)
+# (order in which threads run: 0 by number, else shuffled by this seed; asynchronous work as late as may be?)
 SCHEDULES = ((0, False), (0, True), (7, True))
 
 

@@ -1,0 +1,96 @@
+// Index arithmetic of the kernels against brute force: every function returns the number of disagreements.
+#include <map>
+#include <set>
+#include <vector>
+
+#include "conv.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace fastres;
+
+ConvShape shape_of(const int* v) {
+  return {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8], v[9], v[10], v[11], v[12], v[13], v[14], v[15]};
+}
+
+}  // namespace
+
+// Where each product's input element lies: from Window and Tap, and from the definition of a convolution.
+EXPORT long check_addresses(const int* numbers) {
+  const ConvShape v = shape_of(numbers);
+  long wrong = 0, pixel = 0;
+  const int group_c = v.c / v.groups;
+  for (int n = 0; n < v.n; ++n)
+    for (int p = 0; p < v.p; ++p)
+      for (int q = 0; q < v.q; ++q, ++pixel) {
+        const Window window = window_of(v, static_cast<int>(pixel));
+        int depth = 0;
+        Tap walked = Tap::of(v, 0);
+        for (int r = 0; r < v.r; ++r)
+          for (int s = 0; s < v.s; ++s)
+            for (int c = 0; c < group_c; ++c, ++depth) {
+              const int h = p * v.stride_h - v.pad_h + r * v.dilation_h, w = q * v.stride_w - v.pad_w + s * v.dilation_w;
+              const bool inside = h >= 0 && h < v.h && w >= 0 && w < v.w;
+              const long want = inside ? ((static_cast<long>(n) * v.h + h) * v.w + w) * v.c + c : -1;
+              for (const Tap& tap : {Tap::of(v, depth), walked}) {
+                const long got = tap.valid(v, window.row, window.column) ? window.offset * v.c + tap.offset(v) : -1;
+                wrong += got != want;
+              }
+              walked.advance(v, 1);
+            }
+        for (int beyond = 0; beyond < 9; ++beyond) wrong += Tap::of(v, depth + beyond).valid(v, window.row, window.column);
+      }
+  return wrong;
+}
+
+// Striding through the depth as a thread does, `step` elements at a time.
+EXPORT long check_strides(const int* numbers, int step) {
+  const ConvShape v = shape_of(numbers);
+  long wrong = 0;
+  for (int start = 0; start < step; start += 4) {
+    Tap walked = Tap::of(v, start);
+    for (int depth = start; depth < v.depth() + 2 * step; depth += step) {
+      const Tap direct = Tap::of(v, depth);
+      wrong += walked.r != direct.r || walked.s != direct.s || walked.c != direct.c;
+      walked.advance(v, step);
+    }
+  }
+  return wrong;
+}
+
+// Blocks cover every output and every step of depth exactly once.
+EXPORT long check_tiles(const int* numbers, int block_m, int block_n, int splits, int step) {
+  const ConvShape v = shape_of(numbers);
+  const ConvTiles tiles = ConvTiles::of(v, block_m, block_n, splits);
+  const int steps = static_cast<int>(ceil_div(v.depth(), step));
+  std::vector<int> covered(v.pixels() * v.k, 0);
+  std::map<int, std::vector<int>> depth;
+  std::map<int, std::set<std::tuple<int, int, int>>> places;
+  for (int64_t block = 0; block < tiles.blocks(); ++block) {
+    const ConvTile at = ConvTile::of(tiles, static_cast<int>(block));
+    const Range range = part_of(steps, at.split, splits);
+    auto& seen = depth[at.tile];
+    seen.resize(steps);
+    for (int i = range.begin; i < range.end; ++i) ++seen[i];
+    places[at.tile].insert({at.group, at.first_pixel, at.first_filter});
+    if (at.split) continue;
+    for (int m = at.first_pixel; m < at.first_pixel + block_m && m < v.pixels(); ++m)
+      for (int n = at.first_filter; n < at.first_filter + block_n && n < v.group_k(); ++n)
+        ++covered[static_cast<int64_t>(m) * v.k + at.group * v.group_k() + n];
+  }
+  long wrong = 0;
+  for (int count : covered) wrong += count != 1;
+  for (auto& [tile, seen] : depth) {
+    wrong += tile < 0 || tile >= tiles.tiles() || places[tile].size() != 1;
+    for (int count : seen) wrong += count != 1;
+  }
+  return wrong + (static_cast<int64_t>(depth.size()) != tiles.tiles());
+}
+
+EXPORT int swizzle_64_of(int row, int chunk) { return swizzle_64(row, chunk); }
+EXPORT void part_of_steps(int steps, int part, int parts, int* range) {
+  const Range r = part_of(steps, part, parts);
+  range[0] = r.begin, range[1] = r.end;
+}

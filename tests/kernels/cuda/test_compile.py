@@ -1,0 +1,79 @@
+"""nvcc takes every source for sm_80 and sm_90a; no kernel spills; the symbols are the stable ABI's alone."""
+
+import json
+import os
+import re
+import subprocess
+import time
+
+import pytest
+
+from fastres import native, toolchain
+
+pytestmark = pytest.mark.gate
+_SECONDS = 180  # on 2 cores
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """(library, ptxas's rows, seconds), built afresh in a folder of its own."""
+    try:
+        toolchain.find_nvcc()
+    except native.BuildError as error:
+        pytest.skip(str(error))
+    before = os.environ.get("FASTRES_CACHE")
+    os.environ["FASTRES_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    try:
+        start = time.perf_counter()
+        library = native.build("cuda", ("8.0", "9.0a"))
+        seconds = time.perf_counter() - start
+    finally:
+        if before is None:
+            del os.environ["FASTRES_CACHE"]
+        else:
+            os.environ["FASTRES_CACHE"] = before
+    rows = native.ptxas_report((library.parent / "build.log").read_text())
+    return library, rows, seconds
+
+
+def test_everything_compiles_in_time(built):
+    library, rows, seconds = built
+    about = json.loads(library.with_suffix(".json").read_text())
+    print(f"{len(rows)} kernels in {seconds:.0f} s for {', '.join(about['arch'])}")
+    assert {arch for _, arch, *_ in rows} == {"sm_80", "sm_90a"}
+    # Other work on the machine stretches the wall clock: only a wide margin tells a slow build apart.
+    assert seconds < _SECONDS * max(1.0, os.getloadavg()[0] / 2)
+
+
+def test_no_kernel_spills(built):
+    spilled = [(name, arch, spill) for name, arch, _, spill, _ in built[1] if spill]
+    assert built[1] and not spilled
+
+
+def test_tensor_core_kernels_fit_the_blocks_that_their_configs_count_on(built):
+    from fastres.backends.cuda.conv_bn_act import _TILES, _TILES_FP32
+
+    seen = 0
+    for name, arch, registers, *_ in built[1]:
+        found = re.search(r"sm80_conv_bn_act_kernel<.*, (\d+), (\d+), (\d+), (\d+), (?:true|false)>", name)
+        if found is None:
+            continue
+        block_m, block_n, warp_m, warp_n = map(int, found.groups())
+        threads = block_m // warp_m * (block_n // warp_n) * 32
+        resident = 65536 // (threads * -(-registers // 8) * 8)
+        tiles = _TILES_FP32 if "kernel<float" in name else _TILES
+        assert resident >= tiles[block_m, block_n], (name, arch, registers)
+        seen += 1
+    assert seen == 24  # 4 tiles, 3 types, 2 architectures
+
+
+def test_symbols_are_stable_abi_only(built):
+    names = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(built[0])], capture_output=True, text=True, check=True
+    ).stdout
+    wanted = [line.split()[-1] for line in names.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in wanted)
+    unstable = [name for name in wanted if re.match(r"_ZN?K?(2at|3c10|5torch)", name)]
+    assert not unstable
+    # The driver is reached through the runtime, so that the library loads where there is no GPU.
+    assert not [name for name in wanted if re.match(r"cu[A-Z]", name)]

@@ -1,0 +1,83 @@
+"""The index arithmetic of the CUDA kernels, compiled for the CPU, against brute force."""
+
+import ctypes
+import random
+
+import emulated
+import pytest
+import torch
+from problems import network_problems, random_problems
+
+from fastres.backends.cuda.conv_bn_act import merged_groups
+from fastres.plan.pattern import CONV_BN_ACT
+
+NETWORKS = ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")
+
+
+@pytest.fixture(scope="module")
+def c() -> ctypes.CDLL:
+    return emulated.library()
+
+
+def _numbers(spec, groups=None):
+    """The fields of ConvShape."""
+    values = (spec.n, spec.h, spec.w, spec.c, spec.p, spec.q, spec.k, *spec.kernel, *spec.stride)
+    values += (*spec.padding, *spec.dilation, groups or spec.groups)
+    return (ctypes.c_int * 16)(*values)
+
+
+def _random_specs(count):
+    problems = random_problems(CONV_BN_ACT, 4 * count, torch.bfloat16, seed=5)
+    specs = [p["conv"] for p in problems if p.flops // p["conv"].k < 4e6]
+    assert len(specs) >= count
+    return specs[:count]
+
+
+def _network_specs(size):
+    return [p["conv"] for p in network_problems(CONV_BN_ACT, NETWORKS, 2, torch.bfloat16, size)]
+
+
+def test_addresses_of_500_random_convolutions(c):
+    for spec in _random_specs(500):
+        assert c.check_addresses(_numbers(spec)) == 0, spec
+
+
+def test_addresses_of_the_layers_of_networks(c):
+    for spec in _network_specs(64):
+        merged = spec.groups // merged_groups(spec)
+        if spec.flops // spec.k < 8e6 * spec.groups:
+            assert c.check_addresses(_numbers(spec, merged)) == 0, spec
+
+
+def test_strides_through_the_depth(c):
+    for spec in (*_random_specs(200), *_network_specs(224)):
+        for step in (16, 32, 64):
+            assert c.check_strides(_numbers(spec), step) == 0, (spec, step)
+
+
+def test_tiles_cover_every_output_and_all_of_the_depth_once(c):
+    rng = random.Random(0)
+    for spec in (*_random_specs(500), *_network_specs(32)):
+        block_m, block_n = rng.choice(((64, 64), (128, 64), (128, 128), (64, 128), (64, 56), (64, 32)))
+        splits = rng.randint(1, 7)
+        assert c.check_tiles(_numbers(spec), block_m, block_n, splits, 32) == 0, (spec, block_m, splits)
+
+
+def test_parts_of_the_depth_differ_by_at_most_one(c):
+    out = (ctypes.c_int * 2)()
+    for steps in (1, 7, 72, 1000):
+        for parts in range(1, min(steps, 24) + 1):
+            sizes = []
+            for part in range(parts):
+                c.part_of_steps(steps, part, parts, out)
+                sizes.append(out[1] - out[0])
+            assert sum(sizes) == steps and max(sizes) - min(sizes) <= 1 and min(sizes) > 0
+
+
+def test_rows_that_ldmatrix_reads_together_lie_in_different_banks(c):
+    for first in range(0, 128, 8):
+        for chunk in range(4):
+            places = [c.swizzle_64_of(first + row, chunk) for row in range(8)]
+            # Eight 16-byte places in the 128 bytes that the 32 banks serve at once.
+            assert len({place % 128 // 16 for place in places}) == 8
+            assert all(place // 64 == first + row for row, place in enumerate(places))
