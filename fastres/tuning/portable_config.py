@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fastres.plan.problem import ConvSpec, Problem, Target
+import torch
+
+from fastres.plan.problem import ConvSpec, PoolSpec, Problem, Target
 from fastres.tuning.config import Config
 
 
@@ -253,3 +255,45 @@ def shifted_block_configs(problem: Problem, target: Target, shared: int) -> list
         for config in expand_reduce_configs(problem, target, shared)
         if config.num_stages * block_c * (config.block_m + _pow2(conv.k)) * size <= shared
     ]
+
+
+@dataclass(frozen=True)
+class StemConfig(Config):
+    """Of `triton.stem_pool`: pooled columns of a tile, pooled rows of a strip."""
+
+    block_q: int
+    strip: int
+    num_warps: int
+    num_stages: int
+
+
+def stem_configs(problem: Problem, target: Target) -> list[StemConfig]:
+    """Unmeasured. Longer strips compute fewer rows twice (1 in 2 strip + 1); shorter ones fill the device."""
+    pool, size = problem["pool"], problem.dtype.itemsize
+    block_q = 64 if pool.q > 32 else max(16, _pow2(pool.q))
+    if size == 4:
+        block_q = min(block_q, 32)
+    columns = -(-pool.q // block_q)
+    strips = [s for s in (14, 7, 4, 2, 1) if s <= pool.p]
+    strips.sort(key=lambda s: max(0, 4 * target.sms - pool.n * columns * -(-pool.p // s)))
+    return [StemConfig(block_q, strip, warps, 1) for strip in strips for warps in (4, 8)]
+
+
+@dataclass(frozen=True)
+class PoolConfig(Config):
+    """Pixels and channels of a tile."""
+
+    block_p: int
+    block_c: int
+    num_warps: int
+
+
+def pool_configs(spec: PoolSpec) -> list[PoolConfig]:
+    """Unmeasured. Of the mean: one image's pixels, few channels, so that batch 1 still gives many blocks."""
+    block_p = min(64, max(8, _pow2(spec.h * spec.w)))
+    return [PoolConfig(block_p, min(_pow2(spec.c), c), 4) for c in (64, 128, 32)]
+
+
+def linear_configs(spec: ConvSpec, dtype: torch.dtype, target: Target, shared: int) -> list[ConvConfig]:
+    """Unmeasured: as any 1x1, with the images as rows."""
+    return _implicit(spec, spec.n, dtype.itemsize, target, shared)

@@ -15,7 +15,7 @@ from fastres.plan.problem import ConvSpec, LinearSpec, NormalizeSpec, PoolSpec, 
 
 MEAN, STD = (0.485, 0.456, 0.406, 0.5), (0.229, 0.224, 0.225, 0.25)
 _BY_NAME = {pattern.name: pattern for pattern in PATTERNS}
-_ONE_ROUNDING = ("conv_bn_act", "linear", "stem_pool", "pool_linear")
+_ONE_ROUNDING = ("conv_bn_act", "linear", "stem_pool", "global_avg_pool", "max_pool")
 _EXACT = ("identity", "relu", "relu6")
 
 

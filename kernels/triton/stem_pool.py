@@ -1,0 +1,164 @@
+"""The stem in one kernel: convolution with few input channels + BN + activation + 3x3/2 max pool, NHWC.
+
+pool(act(conv(x, w) * scale + shift)): the convolution's output, a ResNet's largest tensor, is not written.
+Filter row r of an output pixel reads S * C contiguous elements of x, so the reduction runs over R_PAD
+segments of SEGMENT elements, of which w [K, R_PAD * SEGMENT] is zero outside the filter; a segment starts SHIFT
+elements early where that aligns the loads. (A NaN or infinity in x reaches past the filter by what is padded.)
+A program walks down STRIP pooled rows and keeps the maximum over the shared convolution row, so a pooled row
+costs two convolution rows at three columns a pixel: 1.5 times the products of the convolution alone.
+
+uint8 images are normalised on load, x * factor[c] + offset[c]; outside the image stays exactly zero.
+"""
+
+import triton
+import triton.language as tl
+
+from .activation import activate
+
+
+@triton.jit
+def _conv_row(
+    p_x,  # the image
+    b,  # [K_PAD, BLOCK_N] weights
+    b_scale,
+    b_shift,
+    b_factor,
+    b_offset,
+    p1,  # the convolution's output row
+    o_q2,  # [BLOCK_Q] pooled columns
+    H,
+    W,
+    P1,
+    Q1,
+    act_param,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    ACT: tl.constexpr,
+    MONOTONE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """[BLOCK_Q, BLOCK_N]: the maximum over three neighbouring columns of convolution row p1; -inf outside."""
+    o_k = tl.arange(0, R_PAD * SEGMENT)
+    r = o_k // SEGMENT
+    e = o_k % SEGMENT
+    h = p1 * STRIDE_H - PAD_H + r
+    m_h = (h >= 0) & (h < H) & (r < R)
+    o_h = h * (W * C)
+    best = tl.full((o_q2.shape[0], b.shape[1]), float("-inf"), tl.float32)
+    for j in tl.static_range(3):
+        q1 = 2 * o_q2 - 1 + j
+        o_e = (q1 * (STRIDE_W * C) - (PAD_W * C + SHIFT))[:, None] + e[None, :]
+        m = (o_e >= 0) & (o_e < W * C) & m_h[None, :]
+        a = tl.load(p_x + (o_h[None, :] + o_e), mask=m, other=0)
+        if NORMALIZE:
+            a = tl.where(m, a.to(tl.float32) * b_factor[None, :] + b_offset[None, :], 0.0)
+        z = tl.dot(a.to(b.dtype), b, input_precision=PRECISION) * b_scale[None, :] + b_shift[None, :]
+        if not MONOTONE:
+            z = activate(z, act_param, ACT)
+        z = tl.where(((q1 >= 0) & (q1 < Q1))[:, None], z, float("-inf"))
+        best = tl.maximum(best, z, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where((p1 >= 0) & (p1 < P1), best, float("-inf"))
+
+
+@triton.jit
+def stem_pool_kernel(
+    x,
+    w,
+    scale,
+    shift,
+    factor,  # [R_PAD * SEGMENT] per element of a segment; not read unless NORMALIZE
+    offset,
+    y,
+    H,
+    W,
+    P1,
+    Q1,
+    P2,
+    Q2,
+    act_param,
+    C: tl.constexpr,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    R_PAD: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    SHIFT: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    ACT: tl.constexpr,
+    MONOTONE: tl.constexpr,  # activations that rise come after the maximum
+    NORMALIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STRIP: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    q_tiles = tl.cdiv(Q2, BLOCK_Q)
+    strips = tl.cdiv(P2, STRIP)
+    i_q = tl.program_id(0) % q_tiles
+    i_s = (tl.program_id(0) // q_tiles) % strips
+    i_n = (tl.program_id(0) // (q_tiles * strips)).to(tl.int64)
+    o_q2 = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    o_n = tl.arange(0, BLOCK_N)
+    m_n = o_n < K
+    o_k = tl.arange(0, R_PAD * SEGMENT)
+    b = tl.load(w + o_n[None, :] * (R_PAD * SEGMENT) + o_k[:, None], mask=m_n[None, :], other=0.0)
+    b_scale = tl.load(scale + o_n, mask=m_n, other=0.0)
+    b_shift = tl.load(shift + o_n, mask=m_n, other=0.0)
+    b_factor = b_scale
+    b_offset = b_scale
+    if NORMALIZE:
+        b_factor = tl.load(factor + o_k)
+        b_offset = tl.load(offset + o_k)
+    p_x = x + i_n * H * W * C
+    p_y = y + i_n * P2 * Q2 * K
+    first = i_s * STRIP
+    # The maximum over the rows of the pooled row at hand.
+    above = tl.full((BLOCK_Q, BLOCK_N), float("-inf"), tl.float32)
+    for i in range(2 * first - 1, 2 * min(first + STRIP, P2)):
+        row = _conv_row(
+            p_x,
+            b,
+            b_scale,
+            b_shift,
+            b_factor,
+            b_offset,
+            i,
+            o_q2,
+            H,
+            W,
+            P1,
+            Q1,
+            act_param,
+            C,
+            R,
+            R_PAD,
+            SEGMENT,
+            SHIFT,
+            STRIDE_H,
+            STRIDE_W,
+            PAD_H,
+            PAD_W,
+            ACT,
+            MONOTONE,
+            NORMALIZE,
+            PRECISION,
+        )
+        above = tl.maximum(above, row, propagate_nan=tl.PropagateNan.ALL)
+        # Odd rows close a pooled row and open the next one; the one above the strip only opens.
+        if (i & 1) == 1 and i > 2 * first:
+            z = above
+            if MONOTONE:
+                z = activate(z, act_param, ACT)
+            o_y = ((i // 2) * Q2 + o_q2)[:, None] * K + o_n[None, :]
+            tl.store(p_y + o_y, z.to(y.dtype.element_ty), mask=(o_q2 < Q2)[:, None] & m_n[None, :])
+            above = row
