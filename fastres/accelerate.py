@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-import logging
+import copy
+import inspect
 import warnings
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastres.engine import FLOATS, Engine, Options, check_inputs, plannable, wants_gradient
+from fastres.calls import (
+    FLOATS,
+    Options,
+    check_inputs,
+    parameter_dtype,
+    plannable,
+    wants_gradient,
+    watched,
+)
+from fastres.engine import Engine
 from fastres.graph import known
 from fastres.graph.capture import CaptureError
 from fastres.graph.evaluate import normalize as normalize_images
 from fastres.graph.ir import Conv
-
-log = logging.getLogger("fastres")
+from fastres.parts import Parts
 
 GRAPHS = ("auto", "off")
 TUNES = ("table", "measure", "off")
@@ -69,7 +79,7 @@ def accelerate(
     # one state, two classes: neither can be stale against the other
     object.__setattr__(made, "__dict__", model.__dict__)
     object.__setattr__(made, "_fastres", _State(model, Engine(options)))
-    made._fastres.look(made)
+    made._fastres.look()
     return made
 
 
@@ -79,11 +89,11 @@ class _State:
     def __init__(self, original: nn.Module, engine: Engine):
         self.original, self.engine = original, engine
         self.warned = False
-        self.parts: nn.Module | None = None
+        self.parts: Parts | None = None
         self.why = ""
 
-    def look(self, module: nn.Module) -> None:
-        """Captures the module in its present mode, so that later calls (and torch.compile) find the graph made."""
+    def look(self) -> None:
+        """Captures the original in its present mode, so that later calls (and torch.compile) find the graph made."""
         try:
             self.engine.graph(self.original)
         except CaptureError as error:
@@ -102,47 +112,62 @@ class Accelerated:
             graph = engine.graphs.get(original.training)
             if kwargs or graph is None or isinstance(graph, CaptureError):
                 return type(original).forward(original, *args, **kwargs)
-            return engine.plain(graph, args)
+            return engine.plain(original, args, graph)
+        if watched() or any(isinstance(x, torch.fx.Proxy) for x in args):
+            return type(original).forward(original, *args, **kwargs)
+        if kwargs:
+            args, kwargs = _positional(type(original), args, kwargs)
         try:
             if kwargs:
-                raise CaptureError("it was called with keyword arguments")
-            graph = engine.graph(original)
-            if len(args) != len(graph.inputs):
-                raise CaptureError(
-                    f"it was called with {len(args)} arguments, its graph takes {len(graph.inputs)}"
-                )
+                raise CaptureError("it was called with keyword arguments that have defaults")
+            if plannable(original, args, kwargs):
+                return engine(original, args)
+            return self._differentiable(args)
         except CaptureError as error:
             return self._by_parts(error, args, kwargs)
-        if plannable(original, args, kwargs):
-            return engine(original, args)
-        if not original.training:
+
+    def _differentiable(self, args: tuple) -> Any:
+        state: _State = self._fastres
+        engine, original = state.engine, state.original
+        if original.training:
+            args = self._normalized(args)
+        else:
             check_inputs(original, args, engine.options)
-        if not original.training and not state.warned and wants_gradient(original, args):
+            self._warn_of_gradients(args)
+        engine.renew_structure(original)
+        return engine.plain(original, args)
+
+    def _warn_of_gradients(self, args: tuple) -> None:
+        state: _State = self._fastres
+        if not state.warned and wants_gradient(state.original, args):
             state.warned = True
             warnings.warn(
                 "an accelerated model in eval mode was called with gradients wanted: it takes the differentiable path, "
                 "which is slower than its plan. Use torch.no_grad() or torch.inference_mode() for inference.",
-                stacklevel=3,
+                stacklevel=5,
             )
-        engine.renew_structure(original)
-        return engine.plain(engine.graph(original), args)
 
     def _by_parts(self, error: CaptureError, args: tuple, kwargs: dict) -> Any:
         """The model's own forward over accelerated submodules, where the whole cannot be traced."""
         state: _State = self._fastres
-        engine = state.engine
+        engine, original = state.engine, state.original
         state.why = str(error)
-        if engine.renew_structure(state.original) or state.parts is None:
-            state.parts = _parts(state.original, engine.options)
-        if (
-            engine.options.normalize is not None
-            and args
-            and isinstance(args[0], Tensor)
-            and args[0].dtype == torch.uint8
-        ):
-            dtype = engine.compute_dtype(state.original, args[0].device)
-            args = (normalize_images(args[0], *engine.options.normalize, dtype), *args[1:])
-        return type(state.original).forward(state.parts, *args, **kwargs)
+        if not original.training:
+            self._warn_of_gradients(args)
+        with engine.lock:
+            if engine.renew_structure(original) or state.parts is None:
+                state.parts = Parts(original, lambda child: _part(child, engine.options))
+        return state.parts(*self._normalized(args), **kwargs)
+
+    def _normalized(self, args: tuple) -> tuple:
+        """The arguments with uint8 images normalised, where that was asked for."""
+        state: _State = self._fastres
+        engine = state.engine
+        pair = engine.options.normalize
+        if pair is None or not args or not isinstance(args[0], Tensor) or args[0].dtype != torch.uint8:
+            return args
+        dtype = engine.compute_dtype(state.original, args[0].device)
+        return normalize_images(args[0], *pair, dtype), *args[1:]
 
     @property
     def original(self) -> nn.Module:
@@ -167,7 +192,7 @@ class Accelerated:
     def refold(self) -> None:
         """Prepares all constants again; needed only after a write through `.data` in eval mode."""
         self._fastres.engine.refold()
-        for part in self._accelerated_parts():
+        for _, part in self._accelerated_parts():
             part.refold()
 
     def release(self) -> None:
@@ -182,6 +207,8 @@ class Accelerated:
             shapes: one shape, e.g. (8, 3, 224, 224), or a list of shapes.
         """
         many = shapes if shapes and isinstance(shapes[0], (tuple, list, torch.Size)) else [shapes]
+        if self.training:
+            raise ValueError("warmup: the model is in training mode, takes one in eval mode")
         device, dtype = _device_of(self.original), _input_dtype(self)
         with torch.no_grad():
             for shape in many:
@@ -190,13 +217,21 @@ class Accelerated:
 
     def train(self, mode: bool = True):
         self._fastres.original.train(mode)
-        self._fastres.engine.refold()
-        self._fastres.look(self)
+        self._fastres.engine.expire()
+        for _, part in self._accelerated_parts():
+            part._fastres.engine.expire()
+        self._fastres.look()
         return self
 
-    def _accelerated_parts(self) -> list[nn.Module]:
+    def _accelerated_parts(self) -> list[tuple[str, nn.Module]]:
+        """(name, accelerated submodule), where the model runs in parts."""
         parts = self._fastres.parts
-        return [] if parts is None else [m for m in parts.modules() if isinstance(m, Accelerated)]
+        return (
+            [] if parts is None else [(n, m) for n, m in parts.named_modules() if isinstance(m, Accelerated)]
+        )
+
+    def __deepcopy__(self, memo):
+        return _restore(copy.deepcopy(self._fastres.original, memo), self._fastres.engine.options)
 
     def __reduce_ex__(self, protocol):
         return _restore, (self._fastres.original, self._fastres.engine.options)
@@ -228,26 +263,35 @@ def _class_of(kind: type) -> type:
     )
 
 
-def _parts(module: nn.Module, options: Options) -> nn.Module:
-    """A copy of the module's own shell over the same parameters, in which every submodule that can be traced and holds
-    a convolution is accelerated."""
-    shell = object.__new__(type(module))
-    state = dict(module.__dict__)
-    state["_modules"] = {name: child and _part(child, options) for name, child in module._modules.items()}
-    object.__setattr__(shell, "__dict__", state)
-    return shell
+def _part(child: nn.Module, options: Options) -> nn.Module | None:
+    """The child accelerated, if it can be traced and holds a convolution."""
+    if known.is_layer(child) or known.has_hooks(child) or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+        return None
+    if not any(isinstance(m, nn.Conv2d) for m in child.modules()):
+        return None
+    made = _restore(child, replace(options, normalize=None))
+    graph = made._fastres.engine.graphs.get(child.training)
+    if isinstance(graph, CaptureError) or not any(isinstance(node, Conv) for node in graph.nodes):
+        return None
+    # the whole model warns for all of its parts
+    made._fastres.warned = True
+    return made
 
 
-def _part(child: nn.Module, options: Options) -> nn.Module:
-    if known.is_layer(child) or not any(isinstance(m, nn.Conv2d) for m in child.modules()):
-        return child
-    inner = Options(options.dtype, None, options.graphs, options.backend, options.tune)
-    if not known.has_hooks(child) and not isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-        made = _restore(child, inner)
-        graph = made._fastres.engine.graphs.get(child.training)
-        if not isinstance(graph, CaptureError) and any(isinstance(node, Conv) for node in graph.nodes):
-            return made
-    return _parts(child, inner)
+@cache
+def _parameters_of(kind: type) -> tuple[inspect.Parameter, ...]:
+    return tuple(inspect.signature(kind.forward).parameters.values())[1:]
+
+
+def _positional(kind: type, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Keyword arguments of parameters without defaults as positional ones; the rest stays."""
+    args, kwargs = list(args), dict(kwargs)
+    for parameter in _parameters_of(kind)[len(args) :]:
+        plain = parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty
+        if not plain or parameter.name not in kwargs:
+            break
+        args.append(kwargs.pop(parameter.name))
+    return tuple(args), kwargs
 
 
 def _options(dtype, normalize, graphs, backend, tune) -> Options:
@@ -286,7 +330,7 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def _input_dtype(model) -> torch.dtype:
-    from fastres.engine import parameter_dtype
-
     options = model.options
-    return torch.uint8 if options.normalize is not None else options.dtype or parameter_dtype(model.original)
+    if options.normalize is not None:
+        return torch.uint8
+    return options.dtype or parameter_dtype(model.original) or torch.get_default_dtype()

@@ -7,41 +7,39 @@ import threading
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastres import env
+from fastres.calls import (
+    Options,
+    check_inputs,
+    device_of,
+    floating_type,
+    in_type,
+    parameter_dtype,
+)
 from fastres.graph.capture import CaptureError, capture
-from fastres.graph.evaluate import evaluate
+from fastres.graph.evaluate import evaluate, normalize
 from fastres.graph.ir import Graph
 from fastres.graph.versions import Watch
 from fastres.plan import planner
 from fastres.plan.constants import Constants
-from fastres.plan.context import CandidateFailed, Context
+from fastres.plan.context import Context
 from fastres.plan.planner import Plan
-from fastres.plan.problem import Problem, dtype_name
-from fastres.plan.specs import propagate
+from fastres.plan.problem import Problem
+from fastres.plan.specs import Unplannable, propagate
+from fastres.plan.steps import CandidateFailed
 from fastres.plan.target import detect
 
 log = logging.getLogger("fastres")
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Contexts and plans kept at once; the least recently used goes first. A ResNet-50 at batch 256 holds about 1 GB.
 MAX_PLANS = 32
 MAX_GRAPH_BYTES = 8 << 30
-
-
-@dataclass(frozen=True)
-class Options:
-    """See `fastres.accelerate`."""
-
-    dtype: torch.dtype | None = None
-    normalize: tuple[tuple[float, ...], tuple[float, ...]] | None = None
-    graphs: str = "auto"
-    backend: str = "auto"
-    tune: str = "table"
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,7 @@ class Key:
     dtype: torch.dtype
     flags: tuple[str, ...]
     threads: int
+    autocast: bool = False
 
 
 class Engine:
@@ -60,7 +59,7 @@ class Engine:
 
     def __init__(self, options: Options | None = None):
         self.options = options or Options()
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._clear()
 
     def _clear(self) -> None:
@@ -70,8 +69,10 @@ class Engine:
         self.plans: OrderedDict[Key, Plan] = OrderedDict()
         self.dropped: dict[tuple[str, Problem], str] = {}
         self.constants = Constants()
+        # inputs that no plan takes, and why
+        self.refused: dict[Key, str] = {}
         self._idle: OrderedDict[tuple, list[Context]] = OrderedDict()
-        self._warned = False
+        self._expired = False
 
     def __deepcopy__(self, memo):
         return Engine(self.options)
@@ -83,16 +84,18 @@ class Engine:
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """The module's inference result for positional `inputs`. `plannable` said that it may be planned."""
-        ahead = self.watch is not None and any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
+        watch, facts = self.watch, self._facts
+        ahead = facts is not None and any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
         if not ahead:
-            self._renew(module)
+            watch, facts = self._renew(module)
         while True:
-            self._check(module, inputs)
-            key = self._key(inputs)
-            if any(isinstance(x, Tensor) and x.shape[:1] == (0,) for x in inputs):
-                return self.plain(self.graph(module), inputs)
-            context = self._take(key, module, inputs)
+            self._check(module, inputs, facts)
+            key = self._key(inputs, facts)
+            if key in self.refused or any(isinstance(x, Tensor) and x.shape[:1] == (0,) for x in inputs):
+                self._renew(module)
+                return self.plain(module, inputs)
             try:
+                context = self._take(key, module, inputs)
                 with (
                     torch.inference_mode(False),
                     torch.no_grad(),
@@ -102,12 +105,15 @@ class Engine:
             except CandidateFailed as failure:
                 self._drop(failure)
                 continue
-            # asked while a GPU works: what was stale is prepared again and run again
-            if not ahead or (self.watch.same_structure() and self.watch.same_tensors()):
-                self._give_back(key, context)
-                return result
+            except Unplannable as error:
+                log.info("no plan for %s: %s", key.inputs, error)
+                self.refused[key] = str(error)
+                continue
             self._give_back(key, context)
-            self._renew(module)
+            # asked while a GPU works: what was stale is prepared again and run again
+            if not ahead or (not self._expired and watch.same_structure() and watch.same_tensors()):
+                return in_type(result, self.options.dtype)
+            watch, facts = self._renew(module)
             ahead = False
 
     def _run(self, context: Context, inputs: tuple[Any, ...]) -> Any:
@@ -127,23 +133,31 @@ class Engine:
                 log.warning("no CUDA graph for this network: %s", context.graph_refused)
         return context.run(inputs)
 
-    def plain(self, graph: Graph, inputs: tuple[Any, ...]) -> Any:
-        """Node by node with PyTorch's own calls, differentiable."""
-        dtype = self.options.dtype
-        device = next((x.device.type for x in inputs if isinstance(x, Tensor)), "cpu")
-        if dtype is None or not dtype.is_floating_point:
-            return evaluate(graph, inputs)
-        inputs = tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
-        narrow = dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(device, dtype, enabled=narrow):
-            result = evaluate(graph, inputs)
-        return result.to(dtype) if isinstance(result, Tensor) and result.is_floating_point() else result
+    def plain(self, module: nn.Module, inputs: tuple[Any, ...], graph: Graph | None = None) -> Any:
+        """Node by node with PyTorch's own calls, differentiable. `graph`: the module's, if it is at hand."""
+        graph = graph or self.graph(module)
+        _check_count(graph, inputs)
+        dtype = None if module.training else self.options.dtype
+        normalized = self.options.normalize is not None and not module.training
+        if dtype is None:
+            return evaluate(graph, inputs, self._plain_dtype(module, inputs) if normalized else None)
+        inputs = in_type(inputs, dtype)
+        if dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast(device_of(inputs).type, dtype, enabled=dtype != parameter_dtype(module)):
+                return in_type(evaluate(graph, inputs, dtype), dtype)
+        if normalized:
+            inputs = (normalize(inputs[0], *self.options.normalize, dtype), *inputs[1:])
+        tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        return torch.func.functional_call(module, in_type(tensors, dtype), inputs)
+
+    def _plain_dtype(self, module: nn.Module, inputs: tuple[Any, ...]) -> torch.dtype:
+        return parameter_dtype(module) or torch.get_default_dtype()
 
     # -- graphs, plans, contexts -------------------------------------------------------------------------------------
 
     def graph(self, module: nn.Module) -> Graph:
         """The module's graph in its present mode. Raises CaptureError, always the same one, where there is none."""
-        with self._lock:
+        with self.lock:
             made = self.graphs.get(module.training)
             if made is None:
                 try:
@@ -157,16 +171,15 @@ class Engine:
 
     def plan_for(self, module: nn.Module, inputs: tuple[Any, ...]) -> Plan:
         """The plan that inputs like these run; made now if there is none."""
-        self._renew(module)
         return self._plan(self.key(module, inputs), self.graph(module), inputs)
 
     def key(self, module: nn.Module, inputs: tuple[Any, ...]) -> Key:
         """What the plan for inputs like these is kept under."""
-        self._renew(module)
-        return self._key(inputs)
+        _, facts = self._renew(module)
+        return self._key(inputs, facts)
 
     def _plan(self, key: Key, graph: Graph, inputs: tuple[Any, ...]) -> Plan:
-        with self._lock:
+        with self.lock:
             plan = self.plans.get(key)
             if plan is None:
                 started = time.perf_counter()
@@ -182,8 +195,9 @@ class Engine:
     def _make_plan(self, key: Key, graph: Graph, inputs: tuple[Any, ...]) -> Plan:
         import fastres.backends
 
-        fastres.backends.load()
-        shapes = propagate(graph, inputs, key.dtype)
+        missing = fastres.backends.load()
+        _check_count(graph, inputs)
+        shapes = propagate(graph, inputs, key.dtype, key.autocast)
         cost_model = planner.table_cost
         if self.options.tune == "off":
             cost_model = planner.estimated_cost
@@ -191,16 +205,21 @@ class Engine:
             from fastres.plan.measure import Measure
 
             cost_model = Measure(key.device)
-        backends = None if self.options.backend == "auto" else (self.options.backend,)
         target = detect(key.device)
-        return planner.make_plan(
-            graph, shapes, key.dtype, target, key.flags, cost_model, backends or env.backends(), self.dropped
+        make = partial(
+            planner.make_plan, graph, shapes, key.dtype, target, key.flags, cost_model, dropped=self.dropped
         )
+        wanted = self.options.backend
+        if wanted == "auto":
+            return make(backends=_allowed(), strict=False)
+        if wanted in missing:
+            raise planner.NoCandidate(f"backend: {wanted!r} is not here: {missing[wanted]}")
+        return make(backends=(wanted,))
 
     def _take(self, key: Key, module: nn.Module, inputs: tuple[Any, ...]) -> Context:
         """An idle context for this key and stream, or a new one."""
         stream = torch.cuda.current_stream(key.device).cuda_stream if key.device.type == "cuda" else 0
-        with self._lock:
+        with self.lock:
             idle = self._idle.get((key, stream))
             while idle:
                 context = idle.pop()
@@ -214,7 +233,7 @@ class Engine:
         return context
 
     def _give_back(self, key: Key, context: Context) -> None:
-        with self._lock:
+        with self.lock:
             if context.generation != self.constants.generation or self.plans.get(key) is not context.plan:
                 return
             self._idle.setdefault(context.slot, []).append(context)
@@ -230,7 +249,7 @@ class Engine:
         if segment.candidate.backend == "reference":
             raise failure.error
         log.warning("%s; the next best runs instead", str(failure).splitlines()[0])
-        with self._lock:
+        with self.lock:
             reason = str(failure.error).strip().splitlines()
             self.dropped[segment.candidate.name, segment.problem] = (
                 f"failed: {reason[0] if reason else failure.error!r}"
@@ -240,39 +259,59 @@ class Engine:
 
     # -- staleness ---------------------------------------------------------------------------------------------------
 
-    def _renew(self, module: nn.Module, check_tensors: bool = True) -> None:
+    def _renew(self, module: nn.Module, check_tensors: bool = True) -> tuple[Watch, _Facts]:
         """Brings graphs, constants and facts up to date."""
-        with self._lock:
+        with self.lock:
             if self.watch is not None and not self.watch.same_structure():
                 self._clear()
             if self.watch is None:
-                self.watch = Watch(module)
+                self.watch = Watch(module, self._apart(module))
                 self._facts = _Facts.of(module)
-            elif check_tensors and not self.watch.same_tensors():
+            elif check_tensors and (self._expired or not self.watch.same_tensors()):
+                if (
+                    self.watch.moved()
+                    and self._facts.device is not None
+                    and self._facts.device.type == "cuda"
+                ):
+                    # what is called as it is reads its parameters where a CUDA graph found them
+                    self.constants.generation += 1
                 self.refold()
                 self._facts = _Facts.of(module)
+            return self.watch, self._facts
+
+    def _apart(self, module: nn.Module) -> tuple[nn.Module, ...]:
+        """What no trace looks into."""
+        try:
+            return self.graph(module).opaque
+        except CaptureError:
+            return (module,)
 
     def renew_structure(self, module: nn.Module) -> bool:
         """Forgets graphs of a structure that has changed; true if it had, or was never looked at."""
-        with self._lock:
+        with self.lock:
             before = self.watch
             self._renew(module, check_tensors=False)
             return self.watch is not before
 
     def refold(self) -> None:
         """Prepares every constant again from the parameters as they are now."""
-        with self._lock:
+        with self.lock:
+            self._expired = False
             if self.watch is not None:
                 self.watch.renew()
                 self.constants.renew()
 
+    def expire(self) -> None:
+        """Prepares every constant again at the next call."""
+        self._expired = True
+
     def release(self) -> None:
         """Gives up every plan, constant, buffer and CUDA graph."""
-        with self._lock:
+        with self.lock:
             self._clear()
 
-    def _key(self, inputs: tuple[Any, ...]) -> Key:
-        device = next(x.device for x in inputs if isinstance(x, Tensor))
+    def _key(self, inputs: tuple[Any, ...], facts: _Facts) -> Key:
+        device = device_of(inputs)
         flags = []
         if device.type == "cuda":
             if torch.backends.cudnn.allow_tf32:
@@ -280,21 +319,25 @@ class Engine:
             if torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic:
                 flags.append("deterministic")
         shapes = tuple((tuple(x.shape), x.dtype) if isinstance(x, Tensor) else ((), type(x)) for x in inputs)
-        dtype = self._compute_dtype(self._facts.dtype, device)
-        return Key(shapes, device, dtype, tuple(flags), torch.get_num_threads())
+        dtype = self._compute_dtype(facts.dtype, device) or floating_type(inputs)
+        # under autocast, or a narrower `dtype`, what no kernel takes runs as it does under autocast
+        mixed = dtype in (torch.bfloat16, torch.float16) and (
+            dtype != facts.dtype or torch.is_autocast_enabled(device.type)
+        )
+        return Key(shapes, device, dtype, tuple(flags), torch.get_num_threads(), mixed)
 
-    def _check(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _check(self, module: nn.Module, inputs: tuple[Any, ...], facts: _Facts) -> None:
         """`check_inputs`, skipped for the one input that a network usually has, where it is what the parameters are."""
-        first, facts = inputs[0], self._facts
+        first = inputs[0]
         usual = len(inputs) == 1 and isinstance(first, Tensor) and self.options.normalize is None
         if not (usual and first.dtype == facts.dtype and first.device == facts.device):
             check_inputs(module, inputs, self.options)
 
     def compute_dtype(self, module: nn.Module, device: torch.device) -> torch.dtype:
         """`Options.dtype`, else autocast's, else the parameters' type."""
-        return self._compute_dtype(parameter_dtype(module), device)
+        return self._compute_dtype(parameter_dtype(module), device) or torch.get_default_dtype()
 
-    def _compute_dtype(self, parameters: torch.dtype, device: torch.device) -> torch.dtype:
+    def _compute_dtype(self, parameters: torch.dtype | None, device: torch.device) -> torch.dtype | None:
         if self.options.dtype is not None:
             return self.options.dtype
         if torch.is_autocast_enabled(device.type):
@@ -306,7 +349,7 @@ class Engine:
 class _Facts:
     """What is asked about a module's parameters at every call, read once."""
 
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     device: torch.device | None
 
     @classmethod
@@ -315,59 +358,17 @@ class _Facts:
         return cls(parameter_dtype(module), None if first is None else first.device)
 
 
-def parameter_dtype(module: nn.Module) -> torch.dtype:
-    """The type of the first floating-point parameter that has more than one dimension, else of the first one."""
-    parameters = [p for p in module.parameters() if p.is_floating_point()]
-    weights = [p for p in parameters if p.dim() > 1]
-    return (weights or parameters)[0].dtype if parameters else torch.get_default_dtype()
+def _allowed() -> tuple[str, ...] | None:
+    """The families that automatic choice may use."""
+    from fastres.backends import FAMILIES
+
+    names = env.backends()
+    unknown = [name for name in names or () if name not in FAMILIES]
+    if unknown:
+        raise ValueError(f"FASTRES_BACKENDS names {', '.join(unknown)}, it takes {', '.join(FAMILIES)}")
+    return names
 
 
-def plannable(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call may run as a plan: eval mode, no gradient wanted, ordinary tensors, no transform watching."""
-    if module.training or kwargs or not inputs:
-        return False
-    if torch.compiler.is_compiling() or torch.jit.is_scripting() or torch.jit.is_tracing():
-        return False
-    if not all(type(x) in (Tensor, nn.Parameter) for x in inputs):
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    if torch._C._is_torch_function_mode_enabled() and torch._C._len_torch_function_stack():
-        return False
-    return not wants_gradient(module, inputs)
-
-
-def wants_gradient(module: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        return True
-    return any(p.requires_grad for p in module.parameters())
-
-
-def check_inputs(module: nn.Module, inputs: tuple[Any, ...], options: Options) -> None:
-    """Raises a TypeError or ValueError for what no plan can take, before anything runs."""
-    for position, x in enumerate(inputs):
-        if not isinstance(x, Tensor):
-            continue
-        name = "x" if position == 0 else f"input {position}"
-        if position == 0 and options.normalize is not None:
-            if x.dtype != torch.uint8:
-                raise TypeError(
-                    f"{name}: normalize=(mean, std) takes uint8 images, got {dtype_name(x.dtype)}"
-                )
-        elif x.dtype not in FLOATS:
-            hint = (
-                "; for uint8 images give accelerate normalize=(mean, std)" if x.dtype == torch.uint8 else ""
-            )
-            raise TypeError(f"{name}: got {dtype_name(x.dtype)}, takes a floating-point tensor{hint}")
-        parameter = next(module.parameters(), None)
-        if parameter is not None and parameter.device != x.device:
-            raise ValueError(f"{name}: is on {x.device}, the parameters are on {parameter.device}")
-        if position == 0 and options.dtype is None and x.is_floating_point():
-            wanted = parameter_dtype(module)
-            if x.dtype != wanted and not torch.is_autocast_enabled(x.device.type):
-                raise TypeError(
-                    f"{name}: got {dtype_name(x.dtype)}, the parameters are {dtype_name(wanted)}; "
-                    f"give accelerate dtype=… or use autocast to compute in another type"
-                )
+def _check_count(graph: Graph, inputs: tuple[Any, ...]) -> None:
+    if len(inputs) != len(graph.inputs):
+        raise CaptureError(f"it was called with {len(inputs)} arguments, its graph takes {len(graph.inputs)}")

@@ -105,23 +105,40 @@ class Report:
         return table
 
 
-def report(module: nn.Module, inputs: Any, measure: bool) -> Report:
+def report(module: nn.Module, inputs: Any, measure: bool, name: str = "") -> Report:
     """The report of an accelerated model or of a module that plans for itself; see their `report`."""
     state = getattr(module, "_fastres", None)
     engine: Engine = state.engine if state is not None else module._engine
     original = state.original if state is not None else module
-    name = type(original).__name__
-    if state is not None and state.parts is not None:
-        parts = [report(part, None, measure) for part in module._accelerated_parts()]
-        return Report(name, notes=[f"{name} runs in parts: {state.why}"], parts=parts)
+    kind = type(original).__name__
+    name = f"{name} ({kind})" if name else kind
     if inputs is not None:
+        if module.training:
+            raise ValueError("report: the model is in training mode, plans run in eval mode")
         _run(module, inputs)
-    if not engine.plans:
-        return Report(
-            name, notes=[f"{name}: no plan yet; call the model in eval mode without gradients first"]
-        )
-    key, plan = next(reversed(engine.plans.items()))
-    return of_plan(plan, key=key, engine=engine if measure else None, name=name)
+    made = Report(name)
+    if engine.plans:
+        key, plan = next(reversed(engine.plans.items()))
+        made = of_plan(plan, key=key, engine=engine if measure else None, name=name)
+    for refused, why in engine.refused.items():
+        shapes = ", ".join("x".join(map(str, shape)) for shape, _ in refused.inputs)
+        made.notes.append(f"{name} {shapes}: no plan, PyTorch's own calls run: {why}")
+    if state is not None and state.parts is not None:
+        made.notes.append(f"{name} runs in parts: {state.why}")
+        made.parts = [
+            report(part, None, measure, part_name) for part_name, part in module._accelerated_parts()
+        ]
+        made.notes += _left_out(original, [part_name for part_name, _ in module._accelerated_parts()])
+    if not made.rows and not made.notes:
+        made.notes.append(f"{name}: no plan yet; call the model in eval mode without gradients first")
+    return made
+
+
+def _left_out(original: nn.Module, parts: list[str]) -> list[str]:
+    """Convolutions that are in no part."""
+    names = [n for n, m in original.named_modules() if isinstance(m, nn.Conv2d)]
+    alone = [n for n in names if not any(n.startswith(f"{part}.") for part in parts)]
+    return [f"called as they are, in no part: {', '.join(alone)}"] if alone else []
 
 
 def of_plan(plan: Plan, key: Key | None = None, engine: Engine | None = None, name: str = "") -> Report:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.bench.verify import flatten
+from fastres.calls import unplanned
 from fastres.engine import Engine, Key
 from fastres.graph.evaluate import evaluate_node
 from fastres.graph.ir import Node
@@ -113,8 +114,8 @@ def _channels_last(x: Tensor) -> Tensor:
 
 def _plain(original: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     """The module's own forward, planning nothing."""
-    forward = getattr(original, "_forward", None)
-    return original(*inputs) if forward is None else forward(*inputs)
+    with unplanned():
+        return original(*inputs)
 
 
 def _layers(engine: Engine, original: nn.Module, inputs: tuple[Tensor, ...]):

@@ -55,9 +55,10 @@ class _Fuser:
         return node
 
     def _producer(self, value: int, kind: type[Node]) -> Node | None:
-        """The node that makes `value`, if it is of `kind` and only one step reads it."""
+        """The node that makes `value`, if it is of `kind`, only one step reads it, and it may run as late as now."""
         made = self.at.get(value)
-        return made if isinstance(made, kind) and self.reads[value] == 1 else None
+        fits = isinstance(made, kind) and self.reads[value] == 1
+        return made if fits and not self._changed_since(made) else None
 
     def _take(self, before: Node, **changes) -> Node:
         self.done.remove(before)
@@ -93,15 +94,13 @@ class _Fuser:
             if conv is not None and conv.residual is None and conv.act == IDENTITY:
                 joinable.append((self.depth[value], value, other))
         for _, value, other in sorted(joinable, key=lambda item: -item[0]):
-            conv = self.at[value]
-            if not self._changed_since(conv):
-                return self._take(conv, output=node.output, residual=other)
+            return self._take(self.at[value], output=node.output, residual=other)
         return node
 
-    def _changed_since(self, conv: Conv) -> bool:
-        """Whether a step after `conv` changes in place what it reads: then it may not run later than it stands."""
-        later = self.done[self.done.index(conv) + 1 :]
-        return any(isinstance(node, Opaque) and node.in_place and conv.x in node.inputs for node in later)
+    def _changed_since(self, made: Node) -> bool:
+        """Whether a step after `made` changes something in place: it may be, through a view, what `made` reads."""
+        later = self.done[self.done.index(made) + 1 :]
+        return any(isinstance(node, Opaque) and node.in_place for node in later)
 
     def _flatten(self, node: Flatten) -> Node:
         (x, *rest) = node.inputs
@@ -123,5 +122,6 @@ def _plain(node: Node) -> Node:
             kwargs=node.kwargs,
             reason=node.reason,
             in_place=node.in_place,
+            python=node.python,
         )
     return node

@@ -77,10 +77,14 @@ class MaxPool(Node):
 
 @dataclass(eq=False, kw_only=True)
 class GlobalAvgPool(Node):
-    """Mean over H and W. `flat`: the output is [N, C]; else [N, C, 1, 1]."""
+    """Mean over H and W. `flat`: the output is [N, C]; else [N, C, 1, 1].
+
+    `dims` are those of the user's call: they tell what is meant where the input has not four dimensions.
+    """
 
     x: int
     flat: bool = False
+    dims: tuple[int, int] = (-2, -1)
 
     @property
     def inputs(self):
@@ -123,7 +127,8 @@ class Normalize(Node):
 class Opaque(Node):
     """Any module or function that no kernel knows: it is called as it is, with `Ref`s replaced by values.
 
-    `in_place`: the call changes its first argument.
+    `in_place`: the call changes its first argument. `python`: what it does may differ from call to call in ways that
+    only Python sees (hooks, control flow). `row_major`: it takes no channels_last tensors.
     """
 
     call: Callable[..., Any]
@@ -131,6 +136,8 @@ class Opaque(Node):
     kwargs: dict[str, Any] = field(default_factory=dict)
     reason: str = ""
     in_place: bool = False
+    python: bool = False
+    row_major: bool = False
 
     @property
     def inputs(self):
@@ -145,12 +152,16 @@ class Opaque(Node):
 
 @dataclass(eq=False)
 class Graph:
-    """Nodes in execution order, the values that hold the inputs, and the shape of the result (`Ref`s in any nesting)."""
+    """Nodes in execution order, the values that hold the inputs, and the shape of the result (`Ref`s in any nesting).
+
+    `opaque`: modules that are called as they are since they cannot be traced; `notes` says why.
+    """
 
     nodes: list[Node]
     inputs: tuple[int, ...]
     outputs: Any
     notes: list[str] = field(default_factory=list)
+    opaque: tuple[nn.Module, ...] = ()
 
     @property
     def output_values(self) -> tuple[int, ...]:

@@ -22,9 +22,10 @@ def qualified_type(module: nn.Module) -> str:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
+    """Whether calling the module does more than its class's forward."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -38,6 +39,15 @@ def is_layer(module: nn.Module) -> bool:
         or is_batch_norm(module)
         or bool(batch_norm_act(module))
     )
+
+
+def is_identity_now(module: nn.Module) -> bool:
+    """Whether the module hands its input on: an Identity, or a dropout in eval mode."""
+    kind = exact_type(module)
+    return kind is nn.Identity or (kind in _DROPOUTS and not module.training)
+
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 
 
 def traces(module: nn.Module) -> bool:

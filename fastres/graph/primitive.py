@@ -10,6 +10,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from fastres.activation import IDENTITY, Activation
 from fastres.graph import known
@@ -60,7 +61,26 @@ class _Method:
         self.name = self.__name__ = name
 
     def __call__(self, owner, *args, **kwargs):
-        return getattr(owner, self.name)(*args, **kwargs)
+        if self.name != "view" or not isinstance(owner, torch.Tensor):
+            return getattr(owner, self.name)(*args, **kwargs)
+        try:
+            return owner.view(*args, **kwargs)
+        except (RuntimeError, ValueError):
+            # values are channels_last here, the user's code may count on contiguous ones
+            return owner.contiguous().view(*args, **kwargs)
+
+
+class Constant:
+    """A tensor that the user's forward makes anew, and alike, at every call."""
+
+    __name__ = "constant"
+    __module__ = "fastres"
+
+    def __init__(self, tensor: torch.Tensor):
+        self.tensor = tensor
+
+    def __call__(self):
+        return self.tensor.clone()
 
 
 class _Attribute:
@@ -73,15 +93,24 @@ class _Attribute:
         return operator.attrgetter(self.path)(self.root)
 
 
-def translate(graph: torch.fx.Graph, root: nn.Module) -> tuple[list[Node], tuple[int, ...], Any]:
-    """(nodes, input values, outputs) of an fx graph; in-place steps are renamed to single assignment."""
-    return _Translator(root).run(graph)
+def translate(
+    graph: torch.fx.Graph, root: nn.Module, module: nn.Module, opaque: dict[nn.Module, str]
+) -> tuple[list[Node], tuple[int, ...], Any]:
+    """(nodes, input values, outputs) of an fx graph; in-place steps are renamed to single assignment.
+
+    Args:
+        root: what was traced: `module`, or a shell around it where it is a single layer.
+        module: its hooks are the caller's business.
+        opaque: modules that are called as they are, and why.
+    """
+    return _Translator(root, module, opaque).run(graph)
 
 
 class _Translator:
-    def __init__(self, root: nn.Module):
-        self.root = root
-        self.modules = dict(root.named_modules())
+    def __init__(self, root: nn.Module, module: nn.Module, opaque: dict[nn.Module, str]):
+        self.root, self.module, self.opaque = root, module, opaque
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self.numbers: set[torch.fx.Node] = set()
         self.nodes: list[Node] = []
         self.values: dict[torch.fx.Node, Any] = {}
         self.renamed: dict[int, int] = {}
@@ -131,10 +160,12 @@ class _Translator:
     def _opaque(self, node: torch.fx.Node, call, name: str, kind: type[Opaque] = Opaque, **extra) -> None:
         args, kwargs = self._tree(node.args), self._tree(node.kwargs)
         first = next(iter(refs(args)), None)
-        in_place = first is not None and _in_place(node, call)
-        made = kind(
-            name=name, output=self._fresh(), call=call, args=args, kwargs=kwargs, in_place=in_place, **extra
+        in_place = first is not None and _in_place(node, call) and node not in self.numbers
+        python = isinstance(call, nn.Module) and (
+            call in self.opaque or any(map(known.has_hooks, call.modules()))
         )
+        common = dict(name=name, output=self._fresh(), call=call, args=args, kwargs=kwargs)
+        made = kind(in_place=in_place, python=python, **common, **extra)
         self._emit(made, node)
         if in_place:
             # later readers of the first argument see the changed value: the same tensor where it is called as it is
@@ -143,21 +174,25 @@ class _Translator:
     def _module(self, node: torch.fx.Node, module: nn.Module) -> None:
         name = node.target
         single = len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], torch.fx.Node)
-        if not single or known.has_hooks(module):
-            reason = "it has hooks" if known.has_hooks(module) else ""
+        whole = module is self.module
+        hooked = known.has_hooks(module) and not whole
+        if not single or hooked or module in self.opaque:
+            reason = self.opaque.get(module, "it has hooks, or a forward of its own" if hooked else "")
             return self._opaque(node, module, name, reason=reason)
         x = node.args[0]
         kind = known.exact_type(module)
-        if kind in (nn.Identity, nn.Dropout) and (kind is nn.Identity or not module.training):
+        if known.is_identity_now(module):
             return self._alias(node, x)
+        # a single layer is called from within a call of itself
+        call = module.forward if whole else module
         if known.is_conv(module):
             return self._emit(Conv(name=name, output=self._fresh(), x=self._value(x), conv=module), node)
         if known.is_batch_norm(module) or known.batch_norm_act(module) is not None:
             act = known.batch_norm_act(module) or IDENTITY
-            return self._opaque(node, module, name, BatchNorm, bn=module, act=act)
+            return self._opaque(node, call, name, BatchNorm, bn=module, act=act)
         act = known.activation(module)
         if act is not None:
-            return self._opaque(node, module, name, Act, act=act)
+            return self._opaque(node, call, name, Act, act=act)
         if kind is nn.MaxPool2d and not module.return_indices:
             window = (module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
             return self._max_pool(node, name, x, *window)
@@ -166,8 +201,8 @@ class _Translator:
         if kind is nn.Linear:
             return self._emit(Linear(name=name, output=self._fresh(), x=self._value(x), linear=module), node)
         if kind is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1):
-            return self._opaque(node, module, name, Flatten)
-        self._opaque(node, module, name)
+            return self._opaque(node, call, name, Flatten)
+        self._opaque(node, call, name)
 
     @staticmethod
     def _window(node: torch.fx.Node) -> list:
@@ -196,6 +231,8 @@ class _Translator:
     def _function(self, node: torch.fx.Node) -> None:
         call = _Method(node.target) if node.op == "call_method" else node.target
         name = node.name
+        if _is_number(node, self.numbers):
+            self.numbers.add(node)
         tensors = [arg for arg in node.args if isinstance(arg, torch.fx.Node)]
         if getattr(call, "fastres_conv_bn_act", False):
             return self._conv_bn_act(node)
@@ -207,13 +244,14 @@ class _Translator:
             return self._opaque(node, call, name, Add)
         if self._is_flatten(node, call):
             return self._opaque(node, call, name, Flatten)
-        flat = self._is_global_mean(node, call)
-        if flat is not None:
-            return self._emit(
-                GlobalAvgPool(name=name, output=self._fresh(), x=self._value(tensors[0]), flat=flat), node
-            )
+        mean = self._global_mean(node, call)
+        if mean is not None:
+            x = self._value(tensors[0])
+            return self._emit(GlobalAvgPool(name=name, output=self._fresh(), x=x, **mean), node)
         if call is F.max_pool2d and not _argument(node, 6, "return_indices", False):
-            return self._max_pool(node, name, tensors[0], *self._window(node))
+            window = self._window(node)
+            if not any(isinstance(leaf, torch.fx.Node) for leaf in tree_leaves(window)):
+                return self._max_pool(node, name, tensors[0], *window)
         training = {F.dropout: 2, "stochastic_depth": 3}.get(
             call if call is F.dropout else getattr(call, "__name__", "")
         )
@@ -229,7 +267,7 @@ class _Translator:
                 (("x", None), ("conv", None), ("bn", None), ("residual", None), ("act", Activation("relu")))
             )
         )
-        names = {module: name for name, module in self.modules.items()}
+        names = {module: name for name, module in reversed(self.modules.items())}
         plain = known.is_conv(conv) and not known.has_hooks(conv)
         if bn is not None:
             plain = plain and known.is_batch_norm(bn) and not known.has_hooks(bn)
@@ -265,17 +303,32 @@ class _Translator:
         return named and _argument(node, 1, "start_dim", 0) == 1 and _argument(node, 2, "end_dim", -1) == -1
 
     @staticmethod
-    def _is_global_mean(node: torch.fx.Node, call) -> bool | None:
-        """Whether it is a mean over H and W: None if not, else whether H and W are dropped."""
+    def _global_mean(node: torch.fx.Node, call) -> dict[str, Any] | None:
+        """The fields of a mean over H and W, or None if it is none."""
         if call is F.adaptive_avg_pool2d and _argument(node, 1, "output_size", None) in (1, (1, 1), [1, 1]):
-            return False
+            return {"flat": False}
         named = call is torch.mean or (isinstance(call, _Method) and call.name == "mean")
         if not named or "dtype" in node.kwargs:
             return None
         dims = _argument(node, 1, "dim", None)
         if not isinstance(dims, (tuple, list)) or tuple(dims) not in ((2, 3), (-2, -1)):
             return None
-        return not _argument(node, 2, "keepdim", False)
+        return {"flat": not _argument(node, 2, "keepdim", False), "dims": tuple(dims)}
+
+
+_NUMBER_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda", "itemsize")
+_NUMBER_METHODS = ("size", "dim", "numel", "item", "stride", "is_floating_point")
+
+
+def _is_number(node: torch.fx.Node, numbers: set[torch.fx.Node]) -> bool:
+    """Whether the step makes no tensor: sizes, and what is computed from sizes. `h += 1` binds such a name anew."""
+    if node.op == "call_method" and node.target in _NUMBER_METHODS:
+        return True
+    if node.target is getattr and node.args[1] in _NUMBER_ATTRIBUTES:
+        return True
+    reads = node.all_input_nodes
+    arithmetic = getattr(node.target, "__module__", "") in ("_operator", "operator", "builtins", "math")
+    return bool(reads) and arithmetic and all(read in numbers for read in reads)
 
 
 def _in_place(node: torch.fx.Node, call) -> bool:
@@ -289,14 +342,25 @@ def _in_place(node: torch.fx.Node, call) -> bool:
         or (
             getattr(call, "__module__", "") in ("_operator", "operator")
             and name.startswith("i")
-            and name in _IN_PLACE
+            and name in IN_PLACE_OPERATORS
         )
         or (name.endswith("_") and not name.endswith("__"))
         or (call in _ACT_FUNCTIONS and call is not F.gelu and True in node.args[1:])
     )
 
 
-_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor", "imatmul")
+IN_PLACE_OPERATORS = (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "imatmul",
+)
 
 
 def _argument(node: torch.fx.Node, position: int, name: str, default: Any) -> Any:

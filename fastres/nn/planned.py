@@ -7,7 +7,8 @@ from typing import Any
 import torch.fx
 from torch import Tensor, nn
 
-from ..engine import Engine, Options, plannable
+from ..calls import Options, plannable
+from ..engine import Engine
 from ..graph.capture import CaptureError
 
 
@@ -48,5 +49,5 @@ class Planned(nn.Module):
         self._engine.refold()
 
     def train(self, mode: bool = True):
-        self._engine.refold()
+        self._engine.expire()
         return super().train(mode)

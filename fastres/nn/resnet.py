@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine import Options
+from ..calls import Options
 from . import functional
 from .blocks import BasicBlock, Bottleneck, conv1x1
 from .planned import Planned

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from fastres.graph.fold import LayerParameters
 from fastres.graph.ir import Node
@@ -16,37 +17,70 @@ from fastres.plan.planner import Segment
 class Constants:
     """(candidate, nodes, prepare_key) → what the candidate's `prepare` made of the nodes' parameters.
 
-    Renewal copies into the same memory, so that bound launches and CUDA graphs stay good; where that can't be (another
-    shape, or an opaque layout) the entry is replaced and `generation` grows, which tells contexts to bind again.
+    Renewal copies into the same memory, so that bound launches and CUDA graphs stay good. Where that can't be (another
+    shape, an opaque layout, or the parameter's own memory, which is the user's) the entry is forgotten and `generation`
+    grows, which tells contexts to bind again.
     """
 
     def __init__(self):
         self.generation = 0
-        self._made: dict[Any, tuple[Segment, Any]] = {}
+        self._made: dict[Any, _Entry] = {}
+        # what is bound must be what is renewed: two threads never prepare the same entry apart
+        self._lock = threading.RLock()
 
     def get(self, segment: Segment) -> Any:
         key = self._key(segment)
-        if key not in self._made:
-            self._made[key] = (segment, _prepare(segment))
-        return self._made[key][1]
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = _Entry(segment)
+            return self._made[key].value
 
     def renew(self) -> None:
         """Prepares everything again from the parameters as they are now."""
-        for key, (segment, old) in list(self._made.items()):
-            new = _prepare(segment)
-            if not _copy_into(old, new):
-                self._made[key] = (segment, new)
-                self.generation += 1
-
-    def clear(self) -> None:
-        self._made.clear()
-        self.generation += 1
+        with self._lock:
+            for key, entry in list(self._made.items()):
+                if not entry.renew():
+                    del self._made[key]
+                    self.generation += 1
 
     @staticmethod
     def _key(segment: Segment) -> Any:
         config = segment.cost.config if segment.cost is not None else None
         wanted = segment.candidate.prepare_key(segment.problem, config)
         return segment.candidate.name, tuple(id(node) for node in segment.nodes), wanted
+
+
+class _Entry:
+    def __init__(self, segment: Segment):
+        self.segment = segment
+        self.value = _prepare(segment)
+        theirs = {_storage(t) for t in _parameters(segment)} - {None}
+        self.borrowed = any(_storage(leaf) in theirs for leaf in tree_leaves(self.value))
+
+    def renew(self) -> bool:
+        """Brings `value` up to date in place; False where that can't be."""
+        if self.borrowed:
+            return False
+        try:
+            return _copy_into(self.value, _prepare(self.segment))
+        except (
+            Exception
+        ):  # parameters that moved to another device or type: the next plan prepares for itself
+            return False
+
+
+def _parameters(segment: Segment) -> list[Tensor]:
+    layers = (
+        getattr(node, name, None) for _, node in segment.match.nodes for name in ("conv", "bn", "linear")
+    )
+    return [t for layer in layers if layer is not None for t in (*layer.parameters(), *layer.buffers())]
+
+
+def _storage(value: Any) -> int | None:
+    """The address of a tensor's memory; None for what has none that could be shared."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or not value.numel():
+        return None
+    return value.untyped_storage().data_ptr()
 
 
 def _prepare(segment: Segment) -> Any:
@@ -72,8 +106,7 @@ def _copy_into(old: Any, new: Any) -> bool:
         return False
     with torch.inference_mode(False), torch.no_grad():
         for x, y in pairs:
-            if x.data_ptr() != y.data_ptr():
-                x.copy_(y)
+            x.copy_(y)
     return True
 
 

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastres.graph.evaluate import evaluate_node
-from fastres.graph.ir import Node, map_refs
+from fastres.graph.ir import Opaque, map_refs
 from fastres.plan.arena import ALIGNMENT, Life, layout
-from fastres.plan.candidate import Buffers
 from fastres.plan.constants import Constants
 from fastres.plan.planner import Plan, Segment
 from fastres.plan.specs import Info
+from fastres.plan.steps import (
+    Allocating,
+    Convert,
+    Evaluate,
+    Step,
+    Values,
+    Writing,
+    join,
+    nhwc_strides,
+)
 
 log = logging.getLogger("fastres")
-
-# Values are kept in a plain list; a step is a callable that reads and writes it.
-Values = list
-Step = Callable[[Values], None]
-
-
-class CandidateFailed(RuntimeError):
-    """A candidate raised while it was bound or launched."""
-
-    def __init__(self, segment: Segment, error: Exception):
-        super().__init__(f"{segment.candidate.name} on {segment.problem}: {type(error).__name__}: {error}")
-        self.segment, self.error = segment, error
 
 
 class Context:
@@ -45,7 +41,7 @@ class Context:
         self.static_inputs = static_inputs
         self.generation = constants.generation
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.graph_refused = ""
+        self.graph_refused = _why_no_graph(plan)
         self._graph_bytes = 0
         self.runs = 0
         self._count = 1 + max(plan.shapes.values, default=0)
@@ -102,30 +98,44 @@ class Context:
         # values that a kernel may read as they are: dense channels_last in the compute type
         ready = {v for s in plan.segments if s.candidate is not None for _, v in s.match.outputs}
         lasting = {*plan.graph.inputs, *self.buffers}
-        deaths = [tuple(v for v in dead if v not in lasting) for dead in _deaths(plan)]
+        deaths = [[v for v in dead if v not in lasting] for dead in _deaths(plan)]
+        # other values are brought into form for kernels, in a place of their own: opaque calls read them as they came
+        places: dict[tuple[int, torch.dtype], int] = {}
+        last_use: dict[int, int] = {}
         steps: list[Step] = []
         for index, segment in enumerate(plan.segments):
             if segment.candidate is None:
-                steps.append(_EvaluateStep(segment, plan.dtype, self.device, deaths[index]))
+                steps.append(Evaluate(segment, plan, self.device, deaths[index]))
+                # the call may have changed what it read
+                read = set(segment.nodes[0].inputs)
+                places = {key: place for key, place in places.items() if key[0] not in read}
                 continue
+            reads: dict[str, int] = {}
             for name, value in segment.match.inputs:
+                dtype = segment.problem.input_dtype(name)
+                if value not in ready and (value, dtype) not in places:
+                    places[value, dtype] = self._count
+                    steps.append(Convert(value, self._count, dtype))
+                    self._count += 1
+                reads[name] = value if value in ready else places[value, dtype]
                 if value not in ready:
-                    steps.append(_ConvertStep(value, segment.problem.input_dtype(name)))
-                    ready.add(value)
-            if segment.candidate.allocates:
-                steps.append(_AllocatingStep(segment, self, index, deaths[index]))
-            else:
-                steps.append(_WritingStep(segment, self, index, deaths[index]))
+                    last_use[reads[name]] = index
+            make = Allocating if segment.candidate.allocates else Writing
+            steps.append(make(segment, self, index, reads, deaths[index]))
+        for place, index in last_use.items():
+            deaths[index].append(place)
         return steps
 
     def donated(self, segment: Segment, index: int) -> frozenset[str]:
         """Names of the segment's inputs that die with it and that nothing else can see."""
         last = self._last_of(index)
         reads = [value for _, value in segment.match.inputs]
+        # what an allocating launch returns may be the donated tensor: that must not be the arena's
+        kept = self._pinned | (self.buffers.keys() if segment.candidate.allocates else set())
         return frozenset(
             name
             for name, value in segment.match.inputs
-            if value in last and value not in self._pinned and reads.count(value) == 1
+            if value in last and value not in kept and reads.count(value) == 1
         )
 
     def _last_of(self, index: int) -> set[int]:
@@ -190,7 +200,7 @@ class Context:
             step(values)
         if not self._joined:
             # everything is bound now: what reads and writes fixed memory becomes a bare launch
-            self._steps, self._joined = _join(self._steps), True
+            self._steps, self._joined = join(self._steps), True
 
     def capture(self) -> None:
         """Captures the next runs as one CUDA graph. The context has run before, so that everything is compiled."""
@@ -201,159 +211,6 @@ class Context:
         self.graph = graph
         # the graph's own pool: what allocating candidates and opaque calls return
         self._graph_bytes = max(0, torch.cuda.memory_reserved(self.device) - before)
-
-
-def nhwc_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a dense channels_last tensor [N, C, H, W], or of a row-major [N, C]."""
-    if len(shape) != 4:
-        return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    n, c, h, w = shape
-    return (c * h * w, 1, w * c, c)
-
-
-class _ConvertStep:
-    """Brings a value of the user's (or an opaque call's) making into dense channels_last in the compute type."""
-
-    segment = None
-
-    def __init__(self, value: int, dtype: torch.dtype):
-        self.value, self.dtype = value, dtype
-
-    def __call__(self, values: Values) -> None:
-        values[self.value] = as_activation(values[self.value], self.dtype)
-
-
-class _EvaluateStep:
-    """A node that no kernel takes: PyTorch's own call, under autocast where the compute type is narrower."""
-
-    def __init__(self, segment: Segment, dtype: torch.dtype, device: torch.device, deaths):
-        self.segment, self.node, self.deaths = segment, segment.nodes[0], deaths
-        self.dtype, self.device = dtype, device
-        self.autocast = dtype in (torch.bfloat16, torch.float16) and _has_wider_parameters(self.node, dtype)
-
-    def __call__(self, values: Values) -> None:
-        with torch.autocast(self.device.type, self.dtype, enabled=self.autocast, cache_enabled=False):
-            values[self.node.output] = evaluate_node(self.node, values)
-        for value in self.deaths:
-            values[value] = None
-
-
-class _AllocatingStep:
-    def __init__(self, segment: Segment, context: Context, index: int, deaths):
-        self.segment, self.context, self.deaths = segment, context, deaths
-        self.reads = tuple(value for _, value in segment.match.inputs)
-        self.writes = tuple(value for _, value in segment.match.outputs)
-        self.donated = context.donated(segment, index)
-        self.launch = None
-
-    def __call__(self, values: Values) -> None:
-        try:
-            if self.launch is None:
-                self.launch = self._bind()
-            made = self.launch(*[values[v] for v in self.reads])
-        except Exception as error:
-            raise CandidateFailed(self.segment, error) from error
-        if len(self.writes) == 1:
-            values[self.writes[0]] = made
-        else:
-            for value, tensor in zip(self.writes, made, strict=True):
-                values[value] = tensor
-        for value in self.deaths:
-            values[value] = None
-
-    def _bind(self):
-        segment = self.segment
-        constants = self.context.constants.get(segment)
-        return segment.candidate.bind(
-            segment.problem, segment.cost.config, Buffers({}, donated=self.donated), constants
-        )
-
-
-class _WritingStep:
-    def __init__(self, segment: Segment, context: Context, index: int, deaths):
-        self.segment, self.context, self.deaths = segment, context, deaths
-        self.outputs = {role: context.buffers[value] for role, value in segment.match.outputs}
-        self.writes = tuple((value, context.buffers[value]) for _, value in segment.match.outputs)
-        self.dynamic = tuple(v for _, v in segment.match.inputs if v not in context.buffers)
-        self.donated = context.donated(segment, index)
-        self.launch = None
-        self.pointers: list[int] = []
-
-    def __call__(self, values: Values) -> None:
-        try:
-            pointers = [values[v].data_ptr() for v in self.dynamic]
-            if self.launch is None or pointers != self.pointers:
-                self.launch, self.pointers = self._bind(values), pointers
-            self.launch()
-        except Exception as error:
-            raise CandidateFailed(self.segment, error) from error
-        for value, tensor in self.writes:
-            values[value] = tensor
-        for value in self.deaths:
-            values[value] = None
-
-    def _bind(self, values: Values):
-        segment, context = self.segment, self.context
-        inputs = {name: values[value] for name, value in segment.match.inputs}
-        buffers = Buffers(
-            inputs | self.outputs, context._counter_views[id(segment)], context.workspace, self.donated
-        )
-        return segment.candidate.bind(
-            segment.problem, segment.cost.config, buffers, context.constants.get(segment)
-        )
-
-
-class _BoundStep:
-    """A launch, or several joined ones, on fixed memory."""
-
-    def __init__(self, segments: list[Segment], launch):
-        self.segments, self.launch = segments, launch
-
-    def __call__(self, values: Values) -> None:
-        try:
-            self.launch()
-        except Exception as error:
-            raise CandidateFailed(self.segments[0], error) from error
-
-
-def _join(steps: list[Step]) -> list[Step]:
-    """Bound steps for all that read and write fixed memory; runs of launches with the same `join` become one."""
-    made: list[Step] = []
-    for step in steps:
-        if not isinstance(step, _WritingStep) or step.dynamic:
-            made.append(step)
-            continue
-        join = getattr(step.launch, "join", None)
-        before = made[-1] if made else None
-        if join is not None and isinstance(before, _Joinable) and before.join is join:
-            before.add(step)
-        elif join is not None:
-            made.append(_Joinable(step, join))
-        else:
-            made.append(_BoundStep([step.segment], step.launch))
-    return [step.joined() if isinstance(step, _Joinable) else step for step in made]
-
-
-class _Joinable:
-    def __init__(self, step: _WritingStep, join):
-        self.join, self.segments, self.launches = join, [step.segment], [step.launch]
-
-    def add(self, step: _WritingStep) -> None:
-        self.segments.append(step.segment)
-        self.launches.append(step.launch)
-
-    def joined(self) -> _BoundStep:
-        single = len(self.launches) == 1
-        return _BoundStep(self.segments, self.launches[0] if single else self.join(self.launches))
-
-
-def as_activation(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`, dense in channels_last (4 dimensions) or row-major strides."""
-    wanted = nhwc_strides(tuple(x.shape))
-    if x.dtype == dtype and x.stride() == wanted:
-        return x
-    made = torch.empty_strided(x.shape, wanted, dtype=dtype, device=x.device)
-    return made.copy_(x)
 
 
 def _input_buffer(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -376,12 +233,13 @@ def _own(tree: Any, mine: set[int], everything: bool) -> Any:
     return tree
 
 
-def _has_wider_parameters(node: Node, dtype: torch.dtype) -> bool:
-    module = getattr(node, "conv", None) or getattr(node, "linear", None) or getattr(node, "call", None)
-    if isinstance(module, torch.nn.Module):
-        return any(p.dtype != dtype for p in module.parameters())
-    # a function may read parameters as attributes: autocast leaves alone what is narrow already
-    return True
+def _why_no_graph(plan: Plan) -> str:
+    """Why a CUDA graph would not do what the plan does; "" where it would."""
+    for segment in plan.segments:
+        for node in segment.nodes:
+            if isinstance(node, Opaque) and node.python:
+                return f"{node.name} is called as it is, and only Python knows what it does: {node.reason}"
+    return ""
 
 
 def _padded(count: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastres.graph.fold import LayerParameters
 from fastres.graph.ir import Conv, GlobalAvgPool, Linear, MaxPool, Node, Normalize
 from fastres.plan.candidate import Buffers, Candidate
-from fastres.plan.context import nhwc_strides
+from fastres.plan.steps import nhwc_strides
 from fastres.plan.planner import Cost, table_cost
 from fastres.plan.problem import ConvSpec, LinearSpec, NormalizeSpec, PoolSpec, Problem, Spec, Target
 

@@ -99,14 +99,16 @@ def make_plan(
     cost_model: CostModel = table_cost,
     backends: Sequence[str] | None = None,
     dropped: dict[tuple[str, Problem], str] | None = None,
+    strict: bool = True,
 ) -> Plan:
     """The cheapest plan.
 
     Args:
         backends: families asked for; None: all. What they have no kernel for is left to "reference".
+        strict: raise NoCandidate if they can run no layer at all.
         dropped: (candidate name, problem) → why it failed when it ran; such pairs are left out.
     """
-    return _Planner(graph, shapes, dtype, target, flags, cost_model, backends, dropped or {}).run()
+    return _Planner(graph, shapes, dtype, target, flags, cost_model, backends, dropped or {}).run(strict)
 
 
 class _Planner:
@@ -116,7 +118,7 @@ class _Planner:
         self.users = graph.users()
         self.known: dict[tuple[str, Problem], tuple[Cost | None, str]] = {}
 
-    def run(self) -> Plan:
+    def run(self, strict: bool) -> Plan:
         nodes = self.graph.nodes
         best: list[tuple[float, Segment | None]] = [(0.0, None)] * (len(nodes) + 1)
         for start in range(len(nodes) - 1, -1, -1):
@@ -127,7 +129,8 @@ class _Planner:
             segment = best[at][1]
             segments.append(segment)
             at += len(segment.nodes)
-        self._check_backends(segments)
+        if strict:
+            self._check_backends(segments)
         return Plan(self.graph, self.shapes, self.dtype, self.target, segments)
 
     def _best_from(self, start: int, best) -> tuple[float, Segment]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from fastres.graph import known
-from fastres.graph.evaluate import evaluate_node
+from fastres.graph.evaluate import cast_node, evaluate_node
 from fastres.graph.ir import Conv, GlobalAvgPool, Graph, Linear, MaxPool, Node, Normalize, Opaque
 from fastres.plan.pattern import Match
 from fastres.plan.problem import ConvSpec, LinearSpec, NormalizeSpec, PoolSpec, Problem, Spec
@@ -27,22 +29,31 @@ class Info:
 @dataclass
 class Shapes:
     """values[v]: an `Info` (or a nesting of them, for an opaque call's result); specs[i]: node i's spec, or None;
-    reasons[i]: why node i has none."""
+    reasons[i]: why node i has none. `autocast`: what no kernel takes runs under autocast."""
 
     values: dict[int, Any]
     specs: list[Spec | None]
     reasons: list[str]
+    autocast: bool = False
 
 
 class ShapeError(ValueError):
     """An input that the network cannot take; raised before anything runs."""
 
 
-def propagate(graph: Graph, inputs: tuple[Any, ...], dtype: torch.dtype) -> Shapes:
+class Unplannable(RuntimeError):
+    """Shapes are not known before the network runs; the message says where and why."""
+
+
+def propagate(graph: Graph, inputs: tuple[Any, ...], dtype: torch.dtype, autocast: bool = False) -> Shapes:
     """Shapes for `inputs` (tensors or `Info`s) with activations in `dtype`. Only opaque calls are run, on fake tensors.
+
+    Args:
+        autocast: opaque calls run under autocast to `dtype`; else their parameters are cast to it.
 
     Raises:
         ShapeError: a layer gets an input that it cannot take; the message names the layer, what came and what it takes.
+        Unplannable: an opaque call cannot run on fake tensors: its shapes depend on data, or it fails.
     """
     values: dict[int, Any] = {}
     for value, x in zip(graph.inputs, inputs, strict=True):
@@ -60,11 +71,11 @@ def propagate(graph: Graph, inputs: tuple[Any, ...], dtype: torch.dtype) -> Shap
             x = values[node.inputs[0]]
             values[node.output] = Info(spec.y_shape, dtype, x.device)
         else:
-            fake = fake or _FakeRunner()
-            values[node.output] = fake.run(node, values, dtype)
+            fake = fake or _FakeRunner(dtype, autocast)
+            values[node.output] = fake.run(node, values)
         specs.append(spec)
         reasons.append(reason)
-    return Shapes(values, specs, reasons)
+    return Shapes(values, specs, reasons, autocast)
 
 
 def problem_of(match: Match, shapes: Shapes, dtype: torch.dtype, flags: tuple[str, ...]) -> Problem | None:
@@ -148,19 +159,28 @@ def _conv_spec(node: Conv, shape: tuple[int, ...], values: dict[int, Any]) -> tu
 
 
 class _FakeRunner:
-    """Runs nodes on tensors without storage."""
+    """Runs nodes on tensors without storage, without hooks, and without touching the user's modules."""
 
-    def __init__(self):
+    def __init__(self, dtype: torch.dtype, autocast: bool):
         from torch._subclasses.fake_tensor import FakeTensorMode
 
+        self.dtype, self.autocast = dtype, autocast
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
 
-    def run(self, node: Node, values: dict[int, Any], dtype: torch.dtype) -> Any:
+    def run(self, node: Node, values: dict[int, Any]) -> Any:
         reads = {v: tree_map(self._fake, values[v]) for v in node.inputs}
         device = next((t.device.type for t in reads.values() if isinstance(t, torch.Tensor)), "cpu")
-        mixed = dtype in (torch.bfloat16, torch.float16)
-        with self.mode, torch.no_grad(), torch.autocast(device, dtype, enabled=mixed, cache_enabled=False):
-            return tree_map(_info, evaluate_node(node, reads))
+        apart = node if self.autocast else cast_node(node, self.dtype)
+        if isinstance(apart, Opaque) and isinstance(apart.call, nn.Module):
+            apart = replace(apart, call=self._shell(apart.call, {}))
+        try:
+            with self.mode, torch.no_grad(), autocast(device, self.dtype, self.autocast):
+                made = evaluate_node(apart, reads)
+        except Exception as error:  # whatever the user's code raises on tensors without values
+            raise Unplannable(f"{node.name}: {type(error).__name__}: {error}") from error
+        if isinstance(node, Opaque):
+            node.row_major = apart.row_major
+        return tree_map(_info, made)
 
     def _fake(self, value: Any) -> Any:
         if not isinstance(value, Info):
@@ -168,6 +188,37 @@ class _FakeRunner:
         with self.mode:
             made = torch.empty(value.shape, dtype=value.dtype, device=value.device)
             return made.contiguous(memory_format=torch.channels_last) if made.dim() == 4 else made
+
+    def _shell(self, module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+        """The module over fake tensors, without its hooks; what it changes on itself is not the user's."""
+        if module in made:
+            return made[module]
+        shell = made[module] = object.__new__(type(module))
+        state = {
+            key: held.copy() if type(held) in (list, dict, set) else held
+            for key, held in vars(module).items()
+        }
+        for name in ("_parameters", "_buffers"):
+            state[name] = {key: t if t is None else self._empty_like(t) for key, t in state[name].items()}
+        for name in state:
+            if name.endswith("_hooks") and isinstance(state[name], dict):
+                state[name] = OrderedDict()
+        state["_modules"] = {
+            name: None if child is None else self._shell(child, made)
+            for name, child in module._modules.items()
+        }
+        object.__setattr__(shell, "__dict__", state)
+        return shell
+
+    def _empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        with self.mode:
+            return torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+            )
+
+
+def autocast(device: str, dtype: torch.dtype, enabled: bool) -> torch.autocast:
+    return torch.autocast(device, dtype if enabled else None, enabled=enabled, cache_enabled=False)
 
 
 def _info(value: Any) -> Any:
