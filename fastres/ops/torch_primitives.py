@@ -54,22 +54,27 @@ def bn_finalize(
     invstd = 1 / sqrt(var + eps); scale = weight * invstd; shift = bias - mean * scale;
     running = (1 - momentum) * running + momentum * (mean | var * count / (count - 1)).
     """
-    torch.rsqrt(var + eps, out=invstd)
+    # As few calls as there are: the vectors are short, the calls are what costs.
+    torch.add(var, eps, out=invstd).rsqrt_()
     if weight is None:
         scale.copy_(invstd)
     else:
         torch.mul(invstd, weight, out=scale)
-    torch.mul(mean, scale, out=shift).neg_()
-    if bias is not None:
-        shift.add_(bias)
+    if bias is None:
+        torch.mul(mean, scale, out=shift).neg_()
+    else:
+        torch.addcmul(bias, mean, scale, value=-1, out=shift)
     if running_mean is not None:
         _lerp(running_mean, mean, momentum)
         _lerp(running_var, var * (count / (count - 1)), momentum)
 
 
 def _lerp(running: Tensor, value: Tensor, momentum: float) -> None:
-    # Half-precision buffers are rounded once, after the sum.
-    running.copy_(running.to(value.dtype).lerp_(value, momentum))
+    if running.dtype == value.dtype:
+        running.lerp_(value, momentum)
+    else:
+        # Half-precision buffers are rounded once, after the sum.
+        running.copy_(running.to(value.dtype).lerp_(value, momentum))
 
 
 def bn_act(
