@@ -39,6 +39,10 @@ _SCHEMAS = (
     "int splits, Tensor(a!) record) -> ()",
     "sm90_conv_latency(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out, "
     "int[] geometry, int act, float act_param, int pixels, int cluster, Tensor(a!) record) -> ()",
+    # conv, expand, reduce: (scale, shift) by channel, [C, 2].
+    "sm90_shifted_block(Tensor x, Tensor conv_weight, Tensor conv, Tensor expand_weight, Tensor expand, "
+    "Tensor? reduce_weight, Tensor? reduce, Tensor residual, Tensor out, Tensor? next, Tensor counter, "
+    "Tensor(a!) record) -> ()",
     "any_pool_linear(Tensor x, Tensor weight, Tensor? bias, Tensor out, Tensor workspace, Tensor counters, "
     "Tensor(a!) record) -> ()",
 )

@@ -1,6 +1,7 @@
 // torch.ops.fastres_cuda: records of the kernels that plans are made of.
 #include "any_pool_linear.h"
 #include "conv.h"
+#include "shifted_block.h"
 #include "tensor.h"
 
 namespace fastres {
@@ -137,6 +138,64 @@ void sm90_conv_latency(const Tensor& x, const Tensor& weight, const Tensor& scal
   });
 }
 
+// (scale, shift) by channel, [c, 2].
+const float* check_pairs(const Tensor& t, const Tensor& x, int64_t c, const char* name) {
+  check_same_device(t, x, name);
+  FASTRES_CHECK_TYPE(t.scalar_type() == ScalarType::Float, name, " is ", name_of(t.scalar_type()),
+                     ", expected float32");
+  check_shape(t, {c, 2}, name);
+  FASTRES_CHECK(t.is_contiguous() && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name,
+                " must be contiguous and 16-byte aligned");
+  return static_cast<const float*>(pointer(t));
+}
+
+void sm90_shifted_block(const Tensor& x, const Tensor& conv_weight, const Tensor& conv, const Tensor& expand_weight,
+                        const Tensor& expand, const Optional& reduce_weight, const Optional& reduce,
+                        const Tensor& residual, const Tensor& out, const Optional& next, const Tensor& counter,
+                        const Tensor& record) {
+  check_device(x, "x");
+  const Type type = type_of(x, "x");
+  FASTRES_CHECK_TYPE(type == Type::kBf16 || type == Type::kFp16, "x is ", name_of(x.scalar_type()),
+                     ", expected bfloat16 or float16");
+  FASTRES_CHECK(x.dim() == 4 && x.numel() > 0, "x has the shape ", shape_of(x.sizes()), ", expected [N, 64, H, W]");
+  const int64_t n = x.size(0), h = x.size(2), w = x.size(3);
+  const auto pixels = [&](const Tensor& t, int64_t channels, const char* name) {
+    check_same_device(t, x, name);
+    check_nhwc(t, name);
+    FASTRES_CHECK_TYPE(type_of(t, name) == type, name, " differs from x in type");
+    check_shape(t, {n, channels, h, w}, name);
+  };
+  const auto matrix = [&](const Tensor& t, int64_t rows, int64_t columns, const char* name) {
+    check_same_device(t, x, name);
+    FASTRES_CHECK_TYPE(type_of(t, name) == type, name, " differs from x in type");
+    check_shape(t, {rows, columns}, name);
+    FASTRES_CHECK(t.is_contiguous() && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name,
+                  " must be contiguous and 16-byte aligned");
+  };
+  constexpr int64_t kC = kBlockChannels, kE = kBlockExpanded;
+  pixels(x, kC, "x");
+  pixels(residual, kE, "residual");
+  pixels(out, kE, "out");
+  matrix(conv_weight, kC, 9 * kC, "conv_weight");
+  matrix(expand_weight, kE, kC, "expand_weight");
+  FASTRES_CHECK(next.has_value() == reduce.has_value() && next.has_value() == reduce_weight.has_value(),
+                "next, reduce and reduce_weight: give all or none");
+  ShiftedBlockTensors t{static_cast<int>(n), static_cast<int>(h), static_cast<int>(w)};
+  t.conv = check_pairs(conv, x, kC, "conv");
+  t.expand = check_pairs(expand, x, kE, "expand");
+  if (next) {
+    pixels(*next, kC, "next");
+    matrix(*reduce_weight, kC, kE, "reduce_weight");
+    t.reduce = check_pairs(*reduce, x, kC, "reduce");
+  }
+  check_counters(counter, x, 1);
+  t.x = pointer(x), t.residual = pointer(residual), t.out = pointer(out), t.next = pointer(next);
+  t.conv_weight = pointer(conv_weight), t.expand_weight = pointer(expand_weight);
+  t.reduce_weight = pointer(reduce_weight);
+  t.counter = static_cast<int*>(pointer(counter));
+  finish_record(x, record, [&] { return shifted_block_record(t, type); });
+}
+
 void any_pool_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& out,
                      const Tensor& workspace, const Tensor& counters, const Tensor& record) {
   check_device(x, "x");
@@ -174,5 +233,6 @@ void any_pool_linear(const Tensor& x, const Tensor& weight, const Optional& bias
 STABLE_TORCH_LIBRARY_IMPL(fastres_cuda, CompositeExplicitAutograd, m) {
   m.impl("sm80_conv_bn_act", TORCH_BOX(&fastres::sm80_conv_bn_act));
   m.impl("sm90_conv_latency", TORCH_BOX(&fastres::sm90_conv_latency));
+  m.impl("sm90_shifted_block", TORCH_BOX(&fastres::sm90_shifted_block));
   m.impl("any_pool_linear", TORCH_BOX(&fastres::any_pool_linear));
 }

@@ -122,4 +122,16 @@ inline void launch(const Record& r, bool, void*) {
 }
 #endif
 
+// Of the current device.
+inline int multiprocessors() {
+#ifdef FASTRES_EMULATOR
+  return 2;
+#else
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+  return count;
+#endif
+}
+
 }  // namespace fastres
