@@ -15,7 +15,7 @@ from fastres.backends.triton_hopper_common import (
     memory,
     multiprocessors,
     prepare_folded,
-    prepare_layers,
+    prepare_layer,
     unfit_layer,
 )
 from fastres.graph.fold import LayerParameters
@@ -56,6 +56,11 @@ class GemmConfig(Config):
         weights = taps * -(-channels // slab) if self.stationary else self.stages
         output = self.consumers * self.staged * self.block_m * self.block_n
         return 2 * (slab * (self.stages * self.block_m + weights * self.block_n) + output) + _BARRIERS
+
+    @property
+    def folds(self) -> bool:
+        """Whether the weights carry BN's scale: 4 warps by 256 channels have no registers for it (Triton 3.6 spills)."""
+        return self.block_n == 256 and self.warps == 4
 
     def kernel_arguments(self) -> dict[str, int]:
         # 4-warp consumers of 128 x 128 hold 128 accumulators a thread; with 8 warps the register file ends
@@ -223,7 +228,11 @@ class HopperConv(HopperCandidate):
     def prepare(
         self, problem: Problem, config: GemmConfig, parameters: Mapping[str, LayerParameters]
     ) -> Layer:
-        return prepare_layers(problem, parameters, _slab(problem["conv"].c))["conv"]
+        make = prepare_folded if config.folds else prepare_layer
+        return make(parameters["conv"], problem.dtype, _slab(problem["conv"].c))
+
+    def prepare_key(self, problem: Problem, config: GemmConfig):
+        return problem.dtype, config.folds
 
     def call(self, problem: Problem, config: GemmConfig, buffers: Buffers, constants: Layer) -> Call:
         from fastres.kernels.triton.hopper_conv_bn_act import conv_bn_act_kernel
@@ -263,6 +272,7 @@ class HopperConv(HopperCandidate):
             "ACT": spec.act.code,
             "STATIONARY": int(config.stationary),
             "SKIP": int(config.skip),
+            "SCALED": int(not config.folds),
             **config.kernel_arguments(),
         }
         return Call(conv_bn_act_kernel, min(blocks // step * step, tiles), arguments, config.options())
@@ -332,7 +342,7 @@ class HopperHalo(HopperCandidate):
         return 1
 
     def prepare(self, problem: Problem, config: HaloConfig, parameters: Mapping[str, LayerParameters]) -> Layer:
-        return prepare_layers(problem, parameters)["conv"]
+        return prepare_layer(parameters["conv"], problem.dtype, 64)
 
     def call(self, problem: Problem, config: HaloConfig, buffers: Buffers, constants: Layer) -> Call:
         from fastres.kernels.triton.hopper_halo import halo_kernel
@@ -400,14 +410,15 @@ class HopperDual(HopperCandidate):
         return 1
 
     def prepare(self, problem: Problem, config: GemmConfig, parameters: Mapping[str, LayerParameters]):
-        return {role: prepare_folded(parameters[role], problem.dtype, 64) for role in ("shortcut", "expand")}
+        shortcut, expand = (prepare_folded(parameters[role], problem.dtype, 64) for role in ("shortcut", "expand"))
+        return shortcut.weight, expand.weight, shortcut.shift + expand.shift
 
     def call(self, problem: Problem, config: GemmConfig, buffers: Buffers, constants) -> Call:
         from fastres.kernels.triton.hopper_dual import dual_kernel
 
         shortcut, expand = problem["shortcut"], problem["expand"]
         x, h, y = buffers["shortcut.x"], buffers["expand.x"], buffers["expand"]
-        w, v = constants["shortcut"], constants["expand"]
+        w, v, shift = constants
         tiling = _tiling(shortcut, config)
         columns = -(-expand.k // config.block_n)
         tiles = tiling.tiles * columns
@@ -415,12 +426,11 @@ class HopperDual(HopperCandidate):
         arguments = {
             "counter": buffers.counters,
             "x_desc": _input(x, shortcut, tiling, 64),
-            "w_desc": descriptor(w.weight, list(w.weight.shape), block),
+            "w_desc": descriptor(w, list(w.shape), block),
             "h_desc": _output(h, expand, tiling, expand.c, 64),
-            "v_desc": descriptor(v.weight, list(v.weight.shape), block),
+            "v_desc": descriptor(v, list(v.shape), block),
             "y_desc": _output(y, expand, tiling, expand.k, config.block_n),
-            "scale": v.scale,
-            "shift": w.shift + v.shift,
+            "shift": shift,
             "slope": float(expand.act.param),
             "tiles": tiles,
             "columns": columns,

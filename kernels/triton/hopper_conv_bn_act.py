@@ -149,7 +149,7 @@ def consumer(
     R: gl.constexpr, S: gl.constexpr, KB: gl.constexpr, EXTRA: gl.constexpr, TN: gl.constexpr, TH: gl.constexpr,
     TW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr,
     RESIDUAL: gl.constexpr, ACT: gl.constexpr, STATIONARY: gl.constexpr, CONSUMERS: gl.constexpr,
-    STAGED: gl.constexpr, WARPS: gl.constexpr, SKIP: gl.constexpr,
+    STAGED: gl.constexpr, WARPS: gl.constexpr, SKIP: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
     """Consumer group number GROUP. A tile takes EXTRA ring steps beside those of its taps (a second
     input)."""
@@ -198,7 +198,8 @@ def consumer(
             if SKIP:
                 other = tile + gl.num_programs(0)
             step += ring_steps(other, columns, R, S, KB, NTH, NTW, SKIP) + EXTRA
-        acc = acc * gl.expand_dims(gl.load(scale + pn * BN + o_k), 0)
+        if SCALED:
+            acc = acc * gl.expand_dims(gl.load(scale + pn * BN + o_k), 0)
         acc = acc + gl.expand_dims(gl.load(shift + pn * BN + o_k), 0)
         slot = GROUP + CONSUMERS * (turn % STAGED)
         y = y_buf.index(slot)
@@ -229,10 +230,10 @@ def conv_bn_act_kernel(
     PAD_H: gl.constexpr, PAD_W: gl.constexpr, TN: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr, RESIDUAL: gl.constexpr,
     ACT: gl.constexpr, STATIONARY: gl.constexpr, CONSUMERS: gl.constexpr, STAGED: gl.constexpr, SKIP: gl.constexpr,
-    DYNAMIC: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    SCALED: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """counter: int32 [columns if STATIONARY else 1], zero. scale, shift: fp32, padded to a multiple of BN.
-    slope: fp32, leaky ReLU's. tiles: all of them, columns = ceil(K / BN) of them side by side."""
+    slope: fp32, leaky ReLU's. Without SCALED the weights carry their scale. tiles: all of them, columns = ceil(K / BN) of them side by side."""
     gl.static_assert(not (SKIP and (DYNAMIC or STATIONARY)))
     WARPS: gl.constexpr = gl.num_warps()
     KB: gl.constexpr = (C + BK - 1) // BK
@@ -270,7 +271,7 @@ def conv_bn_act_kernel(
         gl.warp_specialize([
             (consumer, (0, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full, order,
                 ticket, posted, taken, tiles, columns, R, S, KB, 0, TN, TH, TW, BN, BK, NTH, NTW, STAGES, RESIDUAL,
-                ACT, STATIONARY, CONSUMERS, STAGED, WARPS, SKIP)),
+                ACT, STATIONARY, CONSUMERS, STAGED, WARPS, SKIP, SCALED)),
             (producer, (x_desc, w_desc, z_desc, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full,
                 ticket, posted, taken, tiles, columns, C, R, S, STRIDE, DILATION, PAD_H, PAD_W, TN, TH, TW, BN, BK,
                 NTH, NTW, STAGES, RESIDUAL, STATIONARY, CONSUMERS * STAGED, SKIP)),
@@ -280,10 +281,10 @@ def conv_bn_act_kernel(
         gl.warp_specialize([
             (consumer, (0, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full, order,
                 ticket, posted, taken, tiles, columns, R, S, KB, 0, TN, TH, TW, BN, BK, NTH, NTW, STAGES, RESIDUAL,
-                ACT, STATIONARY, CONSUMERS, STAGED, WARPS, SKIP)),
+                ACT, STATIONARY, CONSUMERS, STAGED, WARPS, SKIP, SCALED)),
             (consumer, (1, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full, order,
                 ticket, posted, taken, tiles, columns, R, S, KB, 0, TN, TH, TW, BN, BK, NTH, NTW, STAGES, RESIDUAL,
-                ACT, STATIONARY, CONSUMERS, STAGED, WARPS, SKIP)),
+                ACT, STATIONARY, CONSUMERS, STAGED, WARPS, SKIP, SCALED)),
             (producer, (x_desc, w_desc, z_desc, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full,
                 ticket, posted, taken, tiles, columns, C, R, S, STRIDE, DILATION, PAD_H, PAD_W, TN, TH, TW, BN, BK,
                 NTH, NTW, STAGES, RESIDUAL, STATIONARY, CONSUMERS * STAGED, SKIP)),

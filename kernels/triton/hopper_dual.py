@@ -50,13 +50,12 @@ def producer(
 
 @gluon.jit(do_not_specialize=["tiles", "columns"])
 def dual_kernel(
-    counter, x_desc, w_desc, h_desc, v_desc, y_desc, scale, shift, slope, tiles, columns,
+    counter, x_desc, w_desc, h_desc, v_desc, y_desc, shift, slope, tiles, columns,
     C: gl.constexpr, CH: gl.constexpr, STRIDE: gl.constexpr, TN: gl.constexpr, TW: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGED: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """counter: int32 [1], zero. w [K, C], v [K, CH], scale (ones) and shift: fp32, padded to a multiple of
-    BN."""
+    """counter: int32 [1], zero. w [K, C], v [K, CH], shift: fp32, padded to a multiple of BN."""
     WARPS: gl.constexpr = gl.num_warps()
     KB: gl.constexpr = C // BK
     EXTRA: gl.constexpr = CH // BK
@@ -84,21 +83,21 @@ def dual_kernel(
     # fmt: off
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (consumer, (0, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order, order, order,
+            (consumer, (0, y_desc, shift, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order, order, order,
                 ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1, NTW, STAGES, 0,
-                ACT, 0, CONSUMERS, STAGED, WARPS, 0)),
+                ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
             (producer, (x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken, tiles, columns,
                 C, CH, STRIDE, TN, TW, BN, BK, NTW, STAGES)),
             (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC, SLOTS)),
         ], [1, 1], [PRODUCER_REGS, PRODUCER_REGS])
     else:
         gl.warp_specialize([
-            (consumer, (0, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order, order, order,
+            (consumer, (0, y_desc, shift, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order, order, order,
                 ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1, NTW, STAGES, 0,
-                ACT, 0, CONSUMERS, STAGED, WARPS, 0)),
-            (consumer, (1, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order, order, order,
+                ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
+            (consumer, (1, y_desc, shift, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order, order, order,
                 ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1, NTW, STAGES, 0,
-                ACT, 0, CONSUMERS, STAGED, WARPS, 0)),
+                ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
             (producer, (x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken, tiles, columns,
                 C, CH, STRIDE, TN, TW, BN, BK, NTW, STAGES)),
             (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC, SLOTS)),

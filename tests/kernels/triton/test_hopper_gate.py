@@ -1,0 +1,108 @@
+"""The Hopper kernels compile for sm_90 as the networks' layers would launch them, on this Triton and on 3.6: wgmma, no
+spilled register, shared memory within the limit. No GPU is needed."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+from compile_only import SHARED_LIMIT, compile_for, specialization
+from problems import H100, NETWORKS, make_nodes, network_problems
+
+from fastres import env
+from fastres.backends import triton_hopper  # noqa: F401
+from fastres.graph.fold import LayerParameters
+from fastres.plan.candidate import REGISTRY, Buffers
+
+pytestmark = pytest.mark.gate
+HERE = tuple(int(part) for part in triton.__version__.split(".")[:2])
+TARGET = replace(H100, triton=HERE)
+HOPPER = [candidate for candidate in REGISTRY.candidates.values() if candidate.backend == "hopper"]
+# A multiprocessor's shared memory; each resident block takes 1 KB more than it asks for.
+MULTIPROCESSOR = 228 * 1024
+
+
+def launches(candidate, networks, every=False, dtype=torch.bfloat16, n=256):
+    """(problem, config, call) of every binary that the heuristic (or `every` configuration) asks for."""
+    found = {}
+    for problem in network_problems(candidate.pattern, networks, n=n, dtype=dtype):
+        if candidate.accepts(problem, TARGET) is not None:
+            continue
+        configs = candidate.configs(problem, TARGET)
+        for config in configs if every else configs[:1]:
+            call = candidate.call(problem, config, *memory_of(candidate, problem, config))
+            key = specialization(call.kernel, call.arguments, call.options, 90)
+            found.setdefault(key, (problem, config, call))
+    return list(found.values())
+
+
+def memory_of(candidate, problem, config):
+    """Buffers and constants without storage."""
+
+    def empty(shape):
+        return torch.empty(shape, dtype=problem.dtype, device="meta").to(memory_format=torch.channels_last)
+
+    tensors = {name: empty(problem.input_shape(name)) for name in problem.inputs}
+    tensors |= {role: empty(problem.output_shape(role)) for role in problem.outputs}
+    counters = torch.empty(candidate.counters(problem, config), dtype=torch.int32, device="meta")
+    parameters = {role: LayerParameters(node) for role, node in make_nodes(problem, "meta").items()}
+    return Buffers(tensors, counters), candidate.prepare(problem, config, parameters)
+
+
+def check(problem, config, call, spills=False):
+    compiled = compile_for(90, call.kernel, call.arguments, **call.options)
+    what = f"{compiled.name} {problem} [{config}] on Triton {triton.__version__}"
+    assert "wgmma.mma_async" in compiled.ptx, f"{what}: no wgmma"
+    assert spills or compiled.stack == 0, f"{what}: {compiled.stack} bytes of spilled registers a thread"
+    blocks = getattr(config, "per_sm", 1)
+    assert compiled.shared <= SHARED_LIMIT[90], f"{what}: {compiled.shared} bytes of shared memory"
+    assert blocks * (compiled.shared + 1024) <= MULTIPROCESSOR, f"{what}: {blocks} blocks do not fit"
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("candidate", HOPPER, ids=str)
+def test_heuristic_configurations_of_resnet50(candidate, half):
+    found = launches(candidate, ("resnet50", "resnet18"))
+    if not found:
+        pytest.skip(f"{candidate} refuses all of its layers on Triton {triton.__version__}")
+    for problem, config, call in found[half::2]:
+        check(problem, config, call)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 32, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("candidate", HOPPER, ids=str)
+def test_heuristic_configurations_of_all_networks(candidate, dtype, n):
+    for problem, config, call in launches(candidate, tuple(NETWORKS), dtype=dtype, n=n):
+        check(problem, config, call)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("candidate", HOPPER, ids=str)
+def test_every_configuration_that_tuning_tries_on_resnet50(candidate):
+    for problem, config, call in launches(candidate, ("resnet50",), every=True):
+        check(problem, config, call, spills=True)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+@pytest.mark.parametrize("candidate", HOPPER, ids=str)
+def test_the_same_on_triton_3_6(candidate, half):
+    if HERE == (3, 6):
+        pytest.skip("this is Triton 3.6")
+    folder = env.triton36()
+    if folder is None:
+        pytest.skip("FASTRES_TRITON36 names no folder with Triton 3.6")
+    test = f"{__file__}::test_heuristic_configurations_of_resnet50[{candidate}-{half}]"
+    paths = os.pathsep.join((str(folder), *filter(None, [os.environ.get("PYTHONPATH")])))
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-m", "gate", "-n", "0", test],
+        env={**os.environ, "PYTHONPATH": paths},
+        cwd=env.__file__.rsplit("fastres", 1)[0],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0 and "1 passed" in ran.stdout, ran.stdout + ran.stderr
