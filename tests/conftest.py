@@ -10,7 +10,7 @@ import torch
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite runs in as many processes as there are cores, unless told otherwise (-n 0).
 
-    Not if files are named, since starting the processes takes seconds; not with a GPU, which they would share.
+    Not if files are named, since starting processes takes seconds; not with a GPU, which they would share.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # a worker runs this hook too: it must not start workers of its own

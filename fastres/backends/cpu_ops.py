@@ -1,13 +1,13 @@
 """The C++ CPU kernels of kernels/cpu as Python functions.
 
-Call them once `fastres.native.available("cpu")` has returned None. They write into tensors passed in and allocate
-nothing that outlives the call.
+Call them once `fastres.native.available("cpu")` has returned None. They write into tensors passed in and
+allocate nothing that outlives the call.
 
-Activations are [N, C, *spatial], dense, contiguous or channels_last, float32, float64, bfloat16 or float16; all
-activations of one call have the first one's shape, dtype and memory format. Parameters and statistics are [C],
-float32 (float64 with float64 activations). Arithmetic is float32 (float64). Results do not depend on the number of
-threads. Wrong arguments raise TypeError (element type) or ValueError, from the C++ side, before anything is written.
-`act` is an activation's code and `act_param` its parameter, as in `fastres.activation`.
+Activations are [N, C, *spatial], dense, contiguous or channels_last, float32, float64, bfloat16 or float16;
+all activations of one call have the first one's shape, dtype and memory format. Parameters and statistics are
+[C], float32 (float64 with float64 activations). Arithmetic is float32 (float64). Results do not depend on the
+number of threads. Wrong arguments raise TypeError (element type) or ValueError, from the C++ side, before
+anything is written. `act` is an activation's code and `act_param` its parameter, as in `fastres.activation`.
 """
 
 import torch
@@ -116,7 +116,7 @@ def bn_act_backward(
 ) -> None:
     """grad_x = weight * invstd * (dz - mean_dy - xhat * mean_dy_xhat); grad_residual = dz.
 
-    Without the means (statistics that are constants, as in eval mode) grad_x = weight * invstd * dz. `grad_x` may be
+    Without the means (constant statistics, as in eval mode) grad_x = weight * invstd * dz. `grad_x` may be
     `grad` or `x`.
     """
     args = (grad, x, residual, out, mean, invstd, weight, bias, act, act_param, mean_dy, mean_dy_xhat)
