@@ -250,10 +250,8 @@ class Engine:
             raise failure.error
         log.warning("%s; the next best runs instead", str(failure).splitlines()[0])
         with self.lock:
-            reason = str(failure.error).strip().splitlines()
-            self.dropped[segment.candidate.name, segment.problem] = (
-                f"failed: {reason[0] if reason else failure.error!r}"
-            )
+            reason = str(failure.error).strip().splitlines() or [repr(failure.error)]
+            self.dropped[segment.candidate.name, segment.problem] = f"failed: {reason[0]}"
             self.plans.clear()
             self._idle.clear()
 

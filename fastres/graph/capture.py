@@ -194,10 +194,13 @@ def _changed(m: nn.Module, state: dict[str, Any], contents: dict[str, Any]) -> l
     now = m.__dict__
     names = [name for name in {**state, **now} if name not in now or now[name] is not state.get(name, now)]
     same = (
-        len(held) == len(state[name]) and all(a is b for a, b in zip(_items(held), _items(state[name])))
+        len(held) == len(state[name])
+        and all(a is b for a, b in zip(_items(held), _items(state[name]), strict=True))
         for name, held in contents.items()
     )
-    return names + [name for name, is_same in zip(contents, same) if not is_same and name not in names]
+    return names + [
+        name for name, is_same in zip(contents, same, strict=True) if not is_same and name not in names
+    ]
 
 
 def _items(container) -> list:

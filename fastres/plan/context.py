@@ -67,9 +67,9 @@ class Context:
         counters = [s.candidate.counters(s.problem, s.cost.config) for s in writers]
         scratch = max((s.candidate.workspace(s.problem, s.cost.config) for s in writers), default=0)
         with torch.inference_mode(False):
-            self.arena = torch.empty(total, dtype=torch.uint8, device=self.device)
-            self.workspace = torch.empty(scratch, dtype=torch.uint8, device=self.device) if scratch else None
-            self.counters = torch.zeros(sum(map(_padded, counters)), dtype=torch.int32, device=self.device)
+            self.arena = _block(total, self.device)
+            self.workspace = _block(scratch, self.device) if scratch else None
+            self.counters = _block(4 * sum(map(_padded, counters)), self.device).view(torch.int32).zero_()
         self._counter_views = {}
         at = 0
         for segment, count in zip(writers, counters, strict=True):
@@ -211,6 +211,13 @@ class Context:
         self.graph = graph
         # the graph's own pool: what allocating candidates and opaque calls return
         self._graph_bytes = max(0, torch.cuda.memory_reserved(self.device) - before)
+
+
+def _block(size: int, device: torch.device) -> Tensor:
+    """`size` bytes, aligned as a CUDA allocation is; on the CPU PyTorch promises 64 bytes only."""
+    made = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=device)
+    skip = -made.data_ptr() % ALIGNMENT
+    return made[skip : skip + size]
 
 
 def _input_buffer(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,17 +12,20 @@ from torch import Tensor, nn
 from fastres.graph.fold import LayerParameters
 from fastres.graph.ir import Conv, GlobalAvgPool, Linear, MaxPool, Node, Normalize
 from fastres.plan.candidate import Buffers, Candidate
-from fastres.plan.steps import nhwc_strides
 from fastres.plan.planner import Cost, table_cost
 from fastres.plan.problem import ConvSpec, LinearSpec, NormalizeSpec, PoolSpec, Problem, Spec, Target
+from fastres.plan.steps import nhwc_strides
 
 # What a timing at the first call may cost, for one configuration
 _BUDGET_S = 0.05
 _MOST_CONFIGS = 8
 
+# a second network, shape or plan asks again about the same layers
+_MEASURED: dict[tuple, Cost] = {}
+
 
 class Measure:
-    """A cost model that times every configuration of a candidate once; what cannot run raises its reason."""
+    """A cost model that times every configuration of a candidate once in a process; what cannot run raises its reason."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -30,6 +33,12 @@ class Measure:
     def __call__(self, candidate: Candidate, problem: Problem, target: Target) -> Cost:
         if target.on_paper:
             return table_cost(candidate, problem, target)
+        key = (candidate, problem, self.device, torch.get_num_threads())
+        if key not in _MEASURED:
+            _MEASURED[key] = self._measure(candidate, problem, target)
+        return _MEASURED[key]
+
+    def _measure(self, candidate: Candidate, problem: Problem, target: Target) -> Cost:
         best = None
         failure: Exception | None = None
         for config in list(candidate.configs(problem, target))[:_MOST_CONFIGS]:

@@ -94,7 +94,7 @@ class ConvSpec:
         if self.groups != 1:
             text += f" g{self.groups}"
         if not self.affine:
-            text += " plain"
+            text += " plain" if self.bias else " plain nobias"
         return text + (" +add" if self.residual else "") + (f" {self.act}" if self.act != IDENTITY else "")
 
 
@@ -147,8 +147,13 @@ class PoolSpec:
 
     def __str__(self) -> str:
         if self.kernel is None:
-            return f"mean {self.c} @{self.h}x{self.w}"
-        return f"max {self.kernel[0]}x{self.kernel[1]}/{_one(self.stride)} {self.c} @{self.h}x{self.w}"
+            return f"mean {self.c} @{self.h}x{self.w}" + ("" if self.flat else " keepdim")
+        text = f"max {self.kernel[0]}x{self.kernel[1]}/{_one(self.stride)} {self.c} @{self.h}x{self.w}"
+        if self.padding != tuple((extent - 1) // 2 for extent in self.kernel):
+            text += f" pad{_one(self.padding)}"
+        if self.dilation != (1, 1):
+            text += f" dil{_one(self.dilation)}"
+        return text + (" ceil" if self.ceil_mode else "")
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,7 @@ class LinearSpec:
         return self.c * self.k
 
     def __str__(self) -> str:
-        return f"{self.c}->{self.k}"
+        return f"{self.c}->{self.k}" + ("" if self.bias else " nobias")
 
 
 @dataclass(frozen=True)
