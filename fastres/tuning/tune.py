@@ -231,15 +231,16 @@ def _compile(trials: list[Trial], target: Target, device: torch.device, jobs: in
         for connection in wait(list(busy), timeout=1.0):
             process, trial, _ = busy[connection]
             try:
-                reason = connection.recv()
+                reason, alive = connection.recv()
             except EOFError:
                 process.join()
-                reason = f"its process ended with exit code {process.exitcode}"
+                reason, alive = f"its process ended with exit code {process.exitcode}", False
+            if alive:
+                give(connection)
+            else:
                 del busy[connection]
                 if waiting:
                     start()
-            else:
-                give(connection)
             if reason:
                 unfit[trial] = reason
         for connection, (process, trial, since) in list(busy.items()):
@@ -254,11 +255,13 @@ def _compile(trials: list[Trial], target: Target, device: torch.device, jobs: in
 
 
 def _worker(connection, target: Target, device: str) -> None:
+    """Answers every trial with (why it cannot run, whether this process can go on)."""
     from fastres import backends
     from fastres.plan.measure import bind_alone
 
     backends.load()
-    while (trial := connection.recv()) is not None:
+    alive = True
+    while alive and (trial := connection.recv()) is not None:
         reason = ""
         try:
             candidate = REGISTRY[trial.candidate]
@@ -268,6 +271,6 @@ def _worker(connection, target: Target, device: str) -> None:
                 torch.cuda.synchronize()
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        connection.send(reason)
-        if reason and "CUDA error" in reason:
-            return  # this process's context is lost
+            # An error of the device takes the process's context with it.
+            alive = "CUDA error" not in reason
+        connection.send((reason, alive))

@@ -61,6 +61,11 @@ class Hopeless(Fake):
     choices = (Work(0, broken=True),)
 
 
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    threads(1)
+
+
 @pytest.fixture
 def registry(monkeypatch):
     monkeypatch.setattr(REGISTRY, "candidates", {})
@@ -165,6 +170,18 @@ def test_the_command_tunes_on_this_machine(tmp_path, monkeypatch):
     again = CliRunner().invoke(app, arguments)
     assert "0 measured, 0 failed" in again.output
     assert CliRunner().invoke(app, ["--candidates", "nobody"]).exit_code != 0
+
+
+@pytest.mark.slow
+def test_trials_run_in_processes_of_their_own_and_failures_are_told_apart():
+    from fastres import backends
+
+    backends.load()
+    reference = next(c for c in REGISTRY.for_pattern(CONV_BN_ACT) if c.accepts(problem(), TARGET) is None)
+    good = [tune.Trial(reference.name, problem(n), 0) for n in (1, 2, 3)]
+    bad = tune.Trial("fake.nobody", problem(), 0)
+    unfit = tune._compile([*good, bad], TARGET, CPU, jobs=2)
+    assert set(unfit) == {bad} and "fake.nobody" in unfit[bad]
 
 
 def test_configurations_survive_json(registry):
