@@ -6,6 +6,7 @@ import gc
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 import torch
@@ -52,8 +53,9 @@ class Trial:
 
     def __init__(self, case: Case):
         self.case = case
-        self.subject = case.make()
-        self.reference = self.subject.reference()
+        with _ordinary_tensors():
+            self.subject = case.make()
+            self.reference = self.subject.reference()
         self.limit: float | None = None
 
     def call(self, entry: Entry, row: Row | None = None) -> Call:
@@ -85,7 +87,8 @@ class Trial:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         start = time.perf_counter()
-        call = entry.build(self.subject)
+        with _ordinary_tensors():
+            call = entry.build(self.subject)
         out = call(*inputs)
         if cuda:
             torch.cuda.synchronize()
@@ -100,7 +103,14 @@ class Trial:
         return call, max(found, again, key=lambda e: e.relative)
 
 
-def gradients(case: Case):
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Parameters made in inference mode count no versions: fastres would prepare them anew at every call."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def gradients(case: Case) -> AbstractContextManager:
     """The grad mode that a case's calls are made in."""
     return torch.no_grad() if case.level in ("op", "training", "host") else torch.inference_mode()
 

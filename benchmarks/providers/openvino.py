@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -31,8 +33,12 @@ class OpenVino(Provider):
 
         module = converted(subject, case, torch.contiguous_format).float()
         inputs = self.inputs(subject.inputs)
-        model = openvino.convert_model(module, example_input=inputs)
-        model.reshape([list(x.shape) for x in inputs])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # it traces by torch.jit
+            model = openvino.convert_model(module, example_input=inputs)
+        model.reshape(
+            {node: openvino.PartialShape(list(x.shape)) for node, x in zip(model.inputs, inputs, strict=True)}
+        )
         config = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "INFERENCE_PRECISION_HINT": _NAMES[case.dtype],

@@ -249,3 +249,21 @@ def test_the_shipped_record_can_be_read_and_its_providers_exist():
     recorded = results.read(RECORDED)
     assert {row.provider for row in recorded.rows} <= {provider.name for provider in providers()}
     assert {row.batch for row in recorded.rows} == {1, 32, 256}
+
+
+def test_nobody_is_built_from_inference_tensors(case):
+    """They count no versions: a plan would prepare its constants again at every call, timed as well."""
+    case = dataclasses.replace(case, level="model")
+    seen = []
+
+    class Looks(Provider):
+        name = "looks"
+
+        def build(self, subject, case):
+            copied = copy.deepcopy(subject.module)
+            seen.extend(t.is_inference() for m in (subject.module, copied) for t in m.state_dict().values())
+            seen.extend(x.is_inference() for x in subject.inputs)
+            return lambda x: (seen.append(not torch.is_inference_mode_enabled()), subject.module(x))[1]
+
+    row = engine.measure(case, [EagerChannelsLast(), Looks()], SCOPE)[1]
+    assert row.status == "ok" and seen and not any(seen)
