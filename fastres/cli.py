@@ -9,6 +9,8 @@ from typing import Annotated
 import typer
 
 from fastres.bench.cli import bench
+from fastres.train.cli import train
+from fastres.tuning.cli import tune
 
 app = typer.Typer(
     help="The fastest way to run a ResNet from PyTorch.",
@@ -16,7 +18,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-app.command()(bench)
+for _command in (bench, tune, train):
+    app.command()(_command)
 
 
 @app.command()
