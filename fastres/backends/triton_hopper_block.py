@@ -48,8 +48,9 @@ class ChainConfig(Config):
 
 
 # One H100, batch 256, bf16, prototypes of this kernel, us (cuDNN's two calls):
-#   128 -> 512 -> 128 at 28x28: 197 dynamic, 200 static, 208 with two weight stages and six residual slots (262)
-#   256 -> 1024 -> 256 at 14x14: 124 static, 129 dynamic: 392 tiles are three rounds of 132 blocks anyhow (149)
+#   128 -> 512 -> 128 at 28x28: 197 dynamic, 200 static, 208 with two weight stages and six residual slots
+# (262)   256 -> 1024 -> 256 at 14x14: 124 static, 129 dynamic: 392 tiles are three rounds of 132 blocks
+# anyhow (149)
 _CHAINS = {
     64: (ChainConfig(3, 8, 2), ChainConfig(2, 8, 2), ChainConfig(3, 8, 2, dynamic=False)),
     128: (ChainConfig(3, 4, 2), ChainConfig(3, 4, 2, dynamic=False), ChainConfig(2, 6, 2)),
@@ -161,12 +162,17 @@ class ShiftedConfig(Config):
 
     def shared_bytes(self, chunks: int, reduced: int, project: bool) -> int:
         weights = 9 + chunks * (1 + reduced // 64 + project)
-        return 8192 * (weights + self.residual_slots) + self.input_slots * (10240 if self.halo else 8192) + _BARRIERS
+        return (
+            8192 * (weights + self.residual_slots)
+            + self.input_slots * (10240 if self.halo else 8192)
+            + _BARRIERS
+        )
 
 
-# (halo, projection, the reduce's channels): slots of the input and of the residual. With the halo, one H100, batch 256,
-# bf16, prototypes of this kernel at 56x56, us (cuDNN's calls): reduce to 64 channels 353 (662), no reduce 317 (483);
-# static tiles 388. Fewer or more slots (3 to 6 of either) changed nothing. The others are unmeasured: what fits.
+# (halo, projection, the reduce's channels): slots of the input and of the residual. With the halo, one
+# H100, batch 256, bf16, prototypes of this kernel at 56x56, us (cuDNN's calls): reduce to 64 channels 353
+# (662), no reduce 317 (483); static tiles 388. Fewer or more slots (3 to 6 of either) changed nothing. The
+# others are unmeasured: what fits.
 _SLOTS = {
     (True, False, 0): (4, 10),
     (True, False, 64): (4, 6),
@@ -194,7 +200,9 @@ class HopperShiftedBlock(HopperCandidate):
             if spec is not None and (reason := unfit_layer(spec)) is not None:
                 return reason
         if (conv.c, conv.k) != (64, 64):
-            return f"{conv.c} -> {conv.k} channels in the 3x3: its weights stay in shared memory at 64 -> 64 only"
+            return (
+                f"{conv.c} -> {conv.k} channels in the 3x3: only 64 -> 64 has weights that stay on the chip"
+            )
         if conv.residual or not expand.residual or (reduce is not None and reduce.residual):
             return "takes exactly one residual, at the expand"
         if expand.k % 64:
@@ -202,7 +210,7 @@ class HopperShiftedBlock(HopperCandidate):
         if reduce is not None and reduce.k not in (64, 128):
             return f"{reduce.k} channels out of the reduce: takes 64 and 128"
         if shortcut is not None and (shortcut.c != 64 or shortcut.stride != (1, 1)):
-            return f"a projection from {shortcut.c} channels at stride {shortcut.stride[0]}: takes 64 at stride 1"
+            return f"a projection of {shortcut.c} channels, stride {shortcut.stride[0]}: takes 64, stride 1"
         return None if self.configs(problem, target) else "the weights do not fit into shared memory"
 
     def configs(self, problem: Problem, target: Target) -> Sequence[ShiftedConfig]:
@@ -221,7 +229,9 @@ class HopperShiftedBlock(HopperCandidate):
                 ShiftedConfig(halo, inputs, residuals, consumers=1),
                 ShiftedConfig(halo, inputs - 1, residuals),
             ]
-        return tuple(config for config in found if config.shared_bytes(chunks, reduced, project) <= SHARED_MEMORY)
+        return tuple(
+            config for config in found if config.shared_bytes(chunks, reduced, project) <= SHARED_MEMORY
+        )
 
     def counters(self, problem: Problem, config: ShiftedConfig) -> int:
         return 1

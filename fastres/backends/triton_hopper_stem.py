@@ -45,12 +45,13 @@ class HopperStemPool(HopperCandidate):
         if geometry != ((3, 3), (2, 2), (1, 1), (1, 1)):
             return "the pool is not 3x3, stride 2, padding 1"
         if conv.h % 4 or conv.w % 4:
-            return f"images of {conv.h}x{conv.w}: takes multiples of 4 (no output then reads past the last row or column)"
+            # No window of the pool then reaches past the last convolution row or column.
+            return f"images of {conv.h}x{conv.w}: takes heights and widths in multiples of 4"
         return None
 
     def configs(self, problem: Problem, target: Target) -> Sequence[StemConfig]:
-        # One H100, 56 pooled rows: whole images at batch 256 (200 us), strips of 14 at batch 32 (33 us), where whole ones
-        # would leave multiprocessors idle.
+        # One H100, 56 pooled rows: whole images at batch 256 (200 us), strips of 14 at batch 32 (33 us),
+        # where whole ones would leave multiprocessors idle.
         pool = problem["pool"]
         images = pool.n * -(-pool.q // 56)
         first = 56 if images >= 128 else 14
@@ -77,8 +78,8 @@ class HopperStemPool(HopperCandidate):
 
 
 def pack(weight: Tensor, shift: Tensor, dtype: torch.dtype) -> Tensor:
-    """[64, 3, 7, 7] and [64] → [11, 64, 16]: each filter row as 24 elements, tap 0's first channel in the second; then
-    the shift as a sum of three numbers of `dtype`, which meet ones."""
+    """[64, 3, 7, 7] and [64] → [11, 64, 16]: each filter row as 24 elements, tap 0's first channel in the
+    second; then the shift as a sum of three numbers of `dtype`, which meet ones."""
     packed = torch.zeros(64, 176, dtype=dtype, device=weight.device)
     packed[:, :168].view(64, 7, 24)[:, :, 1:22] = weight.permute(0, 2, 3, 1).reshape(64, 7, 21).to(dtype)
     for column in range(168, 171):

@@ -40,8 +40,9 @@ def post(ticket, posted, taken, k, tile, SLOTS: gl.constexpr):
 
 @gluon.jit
 def schedule(
-    counter, ticket, posted, taken, tiles, columns, ENDS: gl.constexpr, DYNAMIC: gl.constexpr, SLOTS: gl.constexpr
-):
+    counter, ticket, posted, taken, tiles, columns,
+    ENDS: gl.constexpr, DYNAMIC: gl.constexpr, SLOTS: gl.constexpr,
+):  # fmt: skip
     """The scheduler warp: posts tile program_id first, then claimed ones (DYNAMIC) or every
     num_programs-th, and closes with ENDS tickets of value `tiles`.
 

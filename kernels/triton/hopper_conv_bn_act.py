@@ -55,8 +55,8 @@ def taps(th, tw, R: gl.constexpr, S: gl.constexpr, NTH: gl.constexpr, NTW: gl.co
 
 @gluon.jit
 def ring_steps(
-    tile, columns, R: gl.constexpr, S: gl.constexpr, KB: gl.constexpr,
-    NTH: gl.constexpr, NTW: gl.constexpr, SKIP: gl.constexpr,
+    tile, columns, R: gl.constexpr, S: gl.constexpr, KB: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr,
+    SKIP: gl.constexpr,
 ):  # fmt: skip
     """How many stages of the ring a tile takes."""
     _, _, th, tw = tile_place(tile, columns, NTH, NTW)
@@ -66,8 +66,8 @@ def ring_steps(
 
 @gluon.jit
 def load_x(
-    x_desc, bar, dst, n, p, q, r, s, c,
-    C: gl.constexpr, STRIDE: gl.constexpr, DILATION: gl.constexpr, PAD_H: gl.constexpr, PAD_W: gl.constexpr,
+    x_desc, bar, dst, n, p, q, r, s, c, C: gl.constexpr, STRIDE: gl.constexpr, DILATION: gl.constexpr,
+    PAD_H: gl.constexpr, PAD_W: gl.constexpr,
 ):  # fmt: skip
     """x at tap (r, s), channels from c on, of the tile whose first output pixel is (n, p, q)."""
     if STRIDE == 1:
@@ -98,11 +98,12 @@ def load_residual(z_desc, y_buf, z_full, z_empty, done, n, p, q, k, SLOTS_Z: gl.
 
 @gluon.jit
 def producer(
-    x_desc, w_desc, z_desc, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full, ticket, posted, taken, tiles, columns,
-    C: gl.constexpr, R: gl.constexpr, S: gl.constexpr, STRIDE: gl.constexpr, DILATION: gl.constexpr,
-    PAD_H: gl.constexpr, PAD_W: gl.constexpr, TN: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr, RESIDUAL: gl.constexpr,
-    STATIONARY: gl.constexpr, SLOTS_Z: gl.constexpr, SKIP: gl.constexpr,
+    x_desc, w_desc, z_desc, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full, ticket, posted,
+    taken, tiles, columns, C: gl.constexpr, R: gl.constexpr, S: gl.constexpr, STRIDE: gl.constexpr,
+    DILATION: gl.constexpr, PAD_H: gl.constexpr, PAD_W: gl.constexpr, TN: gl.constexpr, TH: gl.constexpr,
+    TW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr,
+    STAGES: gl.constexpr, RESIDUAL: gl.constexpr, STATIONARY: gl.constexpr, SLOTS_Z: gl.constexpr,
+    SKIP: gl.constexpr,
 ):  # fmt: skip
     KB: gl.constexpr = (C + BK - 1) // BK
     if STATIONARY:
@@ -144,10 +145,10 @@ def producer(
 
 @gluon.jit
 def consumer(
-    GROUP: gl.constexpr, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full, order,
-    ticket, posted, taken, tiles, columns,
-    R: gl.constexpr, S: gl.constexpr, KB: gl.constexpr, EXTRA: gl.constexpr, TN: gl.constexpr, TH: gl.constexpr,
-    TW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty,
+    w_full, order, ticket, posted, taken, tiles, columns, R: gl.constexpr, S: gl.constexpr,
+    KB: gl.constexpr, EXTRA: gl.constexpr, TN: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr,
     RESIDUAL: gl.constexpr, ACT: gl.constexpr, STATIONARY: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGED: gl.constexpr, WARPS: gl.constexpr, SKIP: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
@@ -225,24 +226,29 @@ def consumer(
 
 @gluon.jit(do_not_specialize=["tiles", "columns"])
 def conv_bn_act_kernel(
-    counter, x_desc, w_desc, z_desc, y_desc, scale, shift, slope, tiles, columns,
-    C: gl.constexpr, R: gl.constexpr, S: gl.constexpr, STRIDE: gl.constexpr, DILATION: gl.constexpr,
-    PAD_H: gl.constexpr, PAD_W: gl.constexpr, TN: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr, BN: gl.constexpr,
+    counter, x_desc, w_desc, z_desc, y_desc, scale, shift, slope, tiles, columns, C: gl.constexpr,
+    R: gl.constexpr, S: gl.constexpr, STRIDE: gl.constexpr, DILATION: gl.constexpr, PAD_H: gl.constexpr,
+    PAD_W: gl.constexpr, TN: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr, RESIDUAL: gl.constexpr,
-    ACT: gl.constexpr, STATIONARY: gl.constexpr, CONSUMERS: gl.constexpr, STAGED: gl.constexpr, SKIP: gl.constexpr,
-    SCALED: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    ACT: gl.constexpr, STATIONARY: gl.constexpr, CONSUMERS: gl.constexpr, STAGED: gl.constexpr,
+    SKIP: gl.constexpr, SCALED: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMER_REGS: gl.constexpr,
+    PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """counter: int32 [columns if STATIONARY else 1], zero. scale, shift: fp32, padded to a multiple of BN.
-    slope: fp32, leaky ReLU's. Without SCALED the weights carry their scale. tiles: all of them, columns = ceil(K / BN) of them side by side."""
+    slope: fp32, leaky ReLU's. Without SCALED the weights carry their scale. tiles: all of them, columns =
+    ceil(K / BN) of them side by side."""
     gl.static_assert(not (SKIP and (DYNAMIC or STATIONARY)))
     WARPS: gl.constexpr = gl.num_warps()
     KB: gl.constexpr = (C + BK - 1) // BK
     dtype: gl.constexpr = x_desc.dtype
-    x_buf = gl.allocate_shared_memory(dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
+    x_buf = gl.allocate_shared_memory(dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)  # noqa: RUF005
+    KEPT: gl.constexpr = R * S * KB if STATIONARY else STAGES
     w_buf = gl.allocate_shared_memory(
-        dtype, [R * S * KB if STATIONARY else STAGES] + w_desc.block_type.shape, w_desc.layout
+        dtype,
+        [KEPT] + w_desc.block_type.shape,  # noqa: RUF005
+        w_desc.layout,
     )
-    y_buf = gl.allocate_shared_memory(dtype, [CONSUMERS * STAGED] + y_desc.block_type.shape, y_desc.layout)
+    y_buf = gl.allocate_shared_memory(dtype, [CONSUMERS * STAGED] + y_desc.block_type.shape, y_desc.layout)  # noqa: RUF005
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     z_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS * STAGED, 1], mbarrier.MBarrierLayout())
@@ -269,25 +275,25 @@ def conv_bn_act_kernel(
     # fmt: off
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (consumer, (0, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full, order,
-                ticket, posted, taken, tiles, columns, R, S, KB, 0, TN, TH, TW, BN, BK, NTH, NTW, STAGES, RESIDUAL,
-                ACT, STATIONARY, CONSUMERS, STAGED, WARPS, SKIP, SCALED)),
+            (consumer, (0, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty,
+                w_full, order, ticket, posted, taken, tiles, columns, R, S, KB, 0, TN, TH, TW, BN, BK, NTH,
+                NTW, STAGES, RESIDUAL, ACT, STATIONARY, CONSUMERS, STAGED, WARPS, SKIP, SCALED)),
             (producer, (x_desc, w_desc, z_desc, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full,
-                ticket, posted, taken, tiles, columns, C, R, S, STRIDE, DILATION, PAD_H, PAD_W, TN, TH, TW, BN, BK,
-                NTH, NTW, STAGES, RESIDUAL, STATIONARY, CONSUMERS * STAGED, SKIP)),
+                ticket, posted, taken, tiles, columns, C, R, S, STRIDE, DILATION, PAD_H, PAD_W, TN, TH, TW,
+                BN, BK, NTH, NTW, STAGES, RESIDUAL, STATIONARY, CONSUMERS * STAGED, SKIP)),
             (schedule, (counter, ticket, posted, taken, tiles, own, CONSUMERS, DYNAMIC, SLOTS)),
         ], [1, 1], [PRODUCER_REGS, PRODUCER_REGS])
     else:
         gl.warp_specialize([
-            (consumer, (0, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full, order,
-                ticket, posted, taken, tiles, columns, R, S, KB, 0, TN, TH, TW, BN, BK, NTH, NTW, STAGES, RESIDUAL,
-                ACT, STATIONARY, CONSUMERS, STAGED, WARPS, SKIP, SCALED)),
-            (consumer, (1, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full, order,
-                ticket, posted, taken, tiles, columns, R, S, KB, 0, TN, TH, TW, BN, BK, NTH, NTW, STAGES, RESIDUAL,
-                ACT, STATIONARY, CONSUMERS, STAGED, WARPS, SKIP, SCALED)),
+            (consumer, (0, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty,
+                w_full, order, ticket, posted, taken, tiles, columns, R, S, KB, 0, TN, TH, TW, BN, BK, NTH,
+                NTW, STAGES, RESIDUAL, ACT, STATIONARY, CONSUMERS, STAGED, WARPS, SKIP, SCALED)),
+            (consumer, (1, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty,
+                w_full, order, ticket, posted, taken, tiles, columns, R, S, KB, 0, TN, TH, TW, BN, BK, NTH,
+                NTW, STAGES, RESIDUAL, ACT, STATIONARY, CONSUMERS, STAGED, WARPS, SKIP, SCALED)),
             (producer, (x_desc, w_desc, z_desc, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full,
-                ticket, posted, taken, tiles, columns, C, R, S, STRIDE, DILATION, PAD_H, PAD_W, TN, TH, TW, BN, BK,
-                NTH, NTW, STAGES, RESIDUAL, STATIONARY, CONSUMERS * STAGED, SKIP)),
+                ticket, posted, taken, tiles, columns, C, R, S, STRIDE, DILATION, PAD_H, PAD_W, TN, TH, TW,
+                BN, BK, NTH, NTW, STAGES, RESIDUAL, STATIONARY, CONSUMERS * STAGED, SKIP)),
             (schedule, (counter, ticket, posted, taken, tiles, own, CONSUMERS, DYNAMIC, SLOTS)),
         ], [WARPS, 1, 1], [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS])
     # fmt: on

@@ -19,8 +19,8 @@ SLOTS = gl.constexpr(2)
 @gluon.jit
 def producer(
     x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken, tiles, columns,
-    C: gl.constexpr, CH: gl.constexpr, STRIDE: gl.constexpr, TN: gl.constexpr, TW: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr,
+    C: gl.constexpr, CH: gl.constexpr, STRIDE: gl.constexpr, TN: gl.constexpr, TW: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     step = 0
     k = 0
@@ -50,8 +50,8 @@ def producer(
 
 @gluon.jit(do_not_specialize=["tiles", "columns"])
 def dual_kernel(
-    counter, x_desc, w_desc, h_desc, v_desc, y_desc, shift, slope, tiles, columns,
-    C: gl.constexpr, CH: gl.constexpr, STRIDE: gl.constexpr, TN: gl.constexpr, TW: gl.constexpr, BN: gl.constexpr,
+    counter, x_desc, w_desc, h_desc, v_desc, y_desc, shift, slope, tiles, columns, C: gl.constexpr,
+    CH: gl.constexpr, STRIDE: gl.constexpr, TN: gl.constexpr, TW: gl.constexpr, BN: gl.constexpr,
     BK: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, CONSUMERS: gl.constexpr,
     STAGED: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
@@ -60,9 +60,9 @@ def dual_kernel(
     KB: gl.constexpr = C // BK
     EXTRA: gl.constexpr = CH // BK
     dtype: gl.constexpr = x_desc.dtype
-    x_buf = gl.allocate_shared_memory(dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)
-    w_buf = gl.allocate_shared_memory(dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)
-    y_buf = gl.allocate_shared_memory(dtype, [CONSUMERS * STAGED] + y_desc.block_type.shape, y_desc.layout)
+    x_buf = gl.allocate_shared_memory(dtype, [STAGES] + x_desc.block_type.shape, x_desc.layout)  # noqa: RUF005
+    w_buf = gl.allocate_shared_memory(dtype, [STAGES] + w_desc.block_type.shape, w_desc.layout)  # noqa: RUF005
+    y_buf = gl.allocate_shared_memory(dtype, [CONSUMERS * STAGED] + y_desc.block_type.shape, y_desc.layout)  # noqa: RUF005
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     order = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -83,23 +83,23 @@ def dual_kernel(
     # fmt: off
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (consumer, (0, y_desc, shift, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order, order, order,
-                ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1, NTW, STAGES, 0,
-                ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
-            (producer, (x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken, tiles, columns,
-                C, CH, STRIDE, TN, TW, BN, BK, NTW, STAGES)),
+            (consumer, (0, y_desc, shift, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order,
+                order, order, ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1,
+                NTW, STAGES, 0, ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
+            (producer, (x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken,
+                tiles, columns, C, CH, STRIDE, TN, TW, BN, BK, NTW, STAGES)),
             (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC, SLOTS)),
         ], [1, 1], [PRODUCER_REGS, PRODUCER_REGS])
     else:
         gl.warp_specialize([
-            (consumer, (0, y_desc, shift, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order, order, order,
-                ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1, NTW, STAGES, 0,
-                ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
-            (consumer, (1, y_desc, shift, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order, order, order,
-                ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1, NTW, STAGES, 0,
-                ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
-            (producer, (x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken, tiles, columns,
-                C, CH, STRIDE, TN, TW, BN, BK, NTW, STAGES)),
+            (consumer, (0, y_desc, shift, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order,
+                order, order, ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1,
+                NTW, STAGES, 0, ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
+            (consumer, (1, y_desc, shift, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order,
+                order, order, ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1,
+                NTW, STAGES, 0, ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
+            (producer, (x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken,
+                tiles, columns, C, CH, STRIDE, TN, TW, BN, BK, NTW, STAGES)),
             (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC, SLOTS)),
         ], [WARPS, 1, 1], [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS])
     # fmt: on

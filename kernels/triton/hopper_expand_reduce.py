@@ -3,11 +3,11 @@
     out = act(scale_e * h w_e^T + shift_e + z)        h [M, C], z and out [M, K]
     y = act(scale_r * out w_r^T + shift_r)            y [M, C]
 
-Everything is pointwise, so pixels are rows. A tile is 128 rows: two consumer groups of 4 warps take 64 each and share
-every weight stage (w_e [64, C] and w_r [C, 64] of a 64-channel chunk of out), which stream through the L2: they do not
-fit into shared memory. A chunk of out goes from accumulator to A operand within the registers; it is added in place in
-its residual's slot and leaves from there. Residual slots belong to one group each, so no turns are needed. y leaves from
-h's buffer.
+Everything is pointwise, so pixels are rows. A tile is 128 rows: two consumer groups of 4 warps take 64
+each and share every weight stage (w_e [64, C] and w_r [C, 64] of a 64-channel chunk of out), which stream
+through the L2: they do not fit into shared memory. A chunk of out goes from accumulator to A operand
+within the registers; it is added in place in its residual's slot and leaves from there. Residual slots
+belong to one group each, so no turns are needed. y leaves from h's buffer.
 """
 
 from triton.experimental import gluon
@@ -27,8 +27,8 @@ SLOTS = gl.constexpr(2)
 
 @gluon.jit
 def load_weights(
-    h_desc, we_desc, wr_desc, h_buf, we_buf, wr_buf, h_full, h_empty, w_full, w_empty, ticket, posted, taken, tiles,
-    CHUNKS: gl.constexpr, SW: gl.constexpr, SH: gl.constexpr,
+    h_desc, we_desc, wr_desc, h_buf, we_buf, wr_buf, h_full, h_empty, w_full, w_empty, ticket, posted,
+    taken, tiles, CHUNKS: gl.constexpr, SW: gl.constexpr, SH: gl.constexpr,
 ):  # fmt: skip
     """The producer of h and of the weights: SH slots of h a group, SW stages of weights."""
     step = 0
@@ -109,9 +109,9 @@ def store_results(
 @gluon.jit
 def consumer(
     GROUP: gl.constexpr, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, z_buf, we_buf, wr_buf,
-    h_full, w_full, w_empty, z_full, out_full, y_full, ticket, posted, taken, tiles,
-    C: gl.constexpr, CHUNKS: gl.constexpr, SW: gl.constexpr, SZ: gl.constexpr, SH: gl.constexpr,
-    ACT_E: gl.constexpr, ACT_R: gl.constexpr,
+    h_full, w_full, w_empty, z_full, out_full, y_full, ticket, posted, taken, tiles, C: gl.constexpr,
+    CHUNKS: gl.constexpr, SW: gl.constexpr, SZ: gl.constexpr, SH: gl.constexpr, ACT_E: gl.constexpr,
+    ACT_R: gl.constexpr,
 ):  # fmt: skip
     # At 256 channels the scales' registers would spill: the weights carry them there.
     SCALED: gl.constexpr = C < 256
@@ -132,9 +132,8 @@ def consumer(
         for c in range(CHUNKS):
             stage = step % SW
             mbarrier.wait(w_full.index(stage), (step // SW) & 1)
-            e = warpgroup_mma(
-                h, we_buf.index(stage).permute((1, 0)), gl.zeros((64, 64), gl.float32, E), use_acc=False, is_async=True
-            )
+            w = we_buf.index(stage).permute((1, 0))
+            e = warpgroup_mma(h, w, gl.zeros((64, 64), gl.float32, E), use_acc=False, is_async=True)
             offset = gl.expand_dims(gl.load(shift_e + c * 64 + o_e), 0)
             slot = GROUP * SZ + step % SZ
             mbarrier.wait(z_full.index(slot), (step // SZ) & 1)
@@ -148,7 +147,8 @@ def consumer(
             y = warpgroup_mma(a, wr_buf.index(stage).permute((1, 0)), y, use_acc=c > 0, is_async=True)
             fence_async_shared()
             mbarrier.arrive(out_full.index(slot), count=1)
-            # Nothing in flight over the loop's back edge: ptxas would serialise every wgmma (its warning C7512).
+            # Nothing in flight over the loop's back edge: ptxas would serialise every wgmma (its warning
+            # C7512).
             y, a = warpgroup_mma_wait(0, deps=(y, a))
             mbarrier.arrive(w_empty.index(stage), count=1)
             step += 1
@@ -164,12 +164,13 @@ def consumer(
 
 @gluon.jit(do_not_specialize=["tiles"])
 def expand_reduce_kernel(
-    counter, h_desc, z_desc, out_desc, y_desc, we_desc, wr_desc, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r,
-    tiles, C: gl.constexpr, K: gl.constexpr, SW: gl.constexpr, SZ: gl.constexpr, SH: gl.constexpr,
-    ACT_E: gl.constexpr, ACT_R: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMER_REGS: gl.constexpr,
-    PRODUCER_REGS: gl.constexpr,
+    counter, h_desc, z_desc, out_desc, y_desc, we_desc, wr_desc, scale_e, shift_e, slope_e, scale_r,
+    shift_r, slope_r, tiles, C: gl.constexpr, K: gl.constexpr, SW: gl.constexpr, SZ: gl.constexpr,
+    SH: gl.constexpr, ACT_E: gl.constexpr, ACT_R: gl.constexpr, DYNAMIC: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """counter: int32 [1], zero. w_e [K, C], w_r [C, K]; K a multiple of 64, C one of 64, 128, 256; tiles = ceil(M / 128).
+    """counter: int32 [1], zero. w_e [K, C], w_r [C, K]; K a multiple of 64, C one of 64, 128, 256; tiles =
+    ceil(M / 128).
     At C = 256 w_e and w_r carry their scales.
     Boxes: h, y [64, C]; z, out [64, 64]; w_e [64, C]; w_r [C, 64]. SZ at least 2."""
     dtype: gl.constexpr = h_desc.dtype
@@ -207,16 +208,16 @@ def expand_reduce_kernel(
     # fmt: off
     gl.warp_specialize([
         (consumer, (0, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, z_buf, we_buf, wr_buf,
-            h_full, w_full, w_empty, z_full, out_full, y_full, ticket, posted, taken, tiles,
-            C, CHUNKS, SW, SZ, SH, ACT_E, ACT_R)),
+            h_full, w_full, w_empty, z_full, out_full, y_full, ticket, posted, taken, tiles, C, CHUNKS, SW,
+            SZ, SH, ACT_E, ACT_R)),
         (consumer, (1, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, z_buf, we_buf, wr_buf,
-            h_full, w_full, w_empty, z_full, out_full, y_full, ticket, posted, taken, tiles,
-            C, CHUNKS, SW, SZ, SH, ACT_E, ACT_R)),
+            h_full, w_full, w_empty, z_full, out_full, y_full, ticket, posted, taken, tiles, C, CHUNKS, SW,
+            SZ, SH, ACT_E, ACT_R)),
         (load_weights, (h_desc, we_desc, wr_desc, h_buf, we_buf, wr_buf, h_full, h_empty, w_full, w_empty,
             ticket, posted, taken, tiles, CHUNKS, SW, SH)),
         (load_residual, (z_desc, z_buf, z_full, z_empty, ticket, posted, taken, tiles, CHUNKS, SZ)),
-        (store_results, (out_desc, y_desc, z_buf, h_buf, out_full, z_empty, y_full, h_empty,
-            ticket, posted, taken, tiles, CHUNKS, SZ, SH)),
+        (store_results, (out_desc, y_desc, z_buf, h_buf, out_full, z_empty, y_full, h_empty, ticket, posted,
+            taken, tiles, CHUNKS, SZ, SH)),
         (schedule, (counter, ticket, posted, taken, tiles, 1, 1, DYNAMIC, SLOTS)),
     ], [4, 1, 1, 1, 1], [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS])
     # fmt: on

@@ -1,11 +1,12 @@
-"""y = act(scale * conv3x3(x, w) + shift [+ z]) for 64 -> 64 channels, stride 1, NHWC, with the halo loaded three times (once a
-column shift) instead of nine (once a tap).
+"""y = act(scale * conv3x3(x, w) + shift [+ z]) for 64 -> 64 channels, stride 1, NHWC, with the halo loaded
+three times (once a column shift) instead of nine (once a tap).
 
-A tile is TH x 8 pixels; for column shift s it needs the box [TH + 2, 8, 64] of x: TH + 2 swizzle atoms of 8 rows x 128
-bytes. Tap r is the same buffer read r atoms further on, an aligned start, so that the wgmma descriptor stays legal. The
-view that this takes is larger than what it is made from: Triton 3.8 refuses it.
+A tile is TH x 8 pixels; for column shift s it needs the box [TH + 2, 8, 64] of x: TH + 2 swizzle atoms of
+8 rows x 128 bytes. Tap r is the same buffer read r atoms further on, an aligned start, so that the wgmma
+descriptor stays legal. The view that this takes is larger than what it is made from: Triton 3.8 refuses it.
 
-SWAP multiplies transposed, y^T [64, pixels] = w x^T: fewer reads of shared memory a product than pixels by 64 channels.
+SWAP multiplies transposed, y^T [64, pixels] = w x^T: fewer reads of shared memory a product than pixels by
+64 channels.
 The weights stay in shared memory; two consumer groups take alternate tiles in turns.
 """
 
@@ -32,10 +33,9 @@ def tile_place(tile, TH: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr):
 
 @gluon.jit
 def producer(
-    x_desc, x2_desc, w_desc, z_desc, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full,
-    ticket, posted, taken, tiles,
-    TH: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr, RESIDUAL: gl.constexpr,
-    CONSUMERS: gl.constexpr,
+    x_desc, x2_desc, w_desc, z_desc, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full, ticket,
+    posted, taken, tiles, TH: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr,
+    RESIDUAL: gl.constexpr, CONSUMERS: gl.constexpr,
 ):  # fmt: skip
     mbarrier.expect(w_full, 9 * w_desc.block_type.nbytes)
     for i in gl.static_range(9):
@@ -67,10 +67,10 @@ def producer(
 
 @gluon.jit
 def consumer(
-    GROUP: gl.constexpr, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full, order,
-    ticket, posted, taken, tiles,
-    TH: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr, RESIDUAL: gl.constexpr,
-    CONSUMERS: gl.constexpr, ACT: gl.constexpr, SWAP: gl.constexpr, WARPS: gl.constexpr,
+    GROUP: gl.constexpr, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty,
+    w_full, order, ticket, posted, taken, tiles, TH: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr,
+    STAGES: gl.constexpr, RESIDUAL: gl.constexpr, CONSUMERS: gl.constexpr, ACT: gl.constexpr,
+    SWAP: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     BM: gl.constexpr = TH * 8
     dtype: gl.constexpr = x_buf.dtype
@@ -137,12 +137,13 @@ def consumer(
 
 @gluon.jit(do_not_specialize=["tiles"])
 def halo_kernel(
-    counter, x_desc, x2_desc, w_desc, z_desc, y_desc, scale, shift, slope, tiles,
-    TH: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr, RESIDUAL: gl.constexpr,
+    counter, x_desc, x2_desc, w_desc, z_desc, y_desc, scale, shift, slope, tiles, TH: gl.constexpr,
+    NTH: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr, RESIDUAL: gl.constexpr,
     CONSUMERS: gl.constexpr, ACT: gl.constexpr, SWAP: gl.constexpr, DYNAMIC: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """counter: int32 [1], zero. w [64, 576] in boxes [64, 64]; x, z, y in boxes [1, TH, 8, 64], x2 in [1, 2, 8, 64].
+    """counter: int32 [1], zero. w [64, 576] in boxes [64, 64]; x, z, y in boxes [1, TH, 8, 64], x2 in [1,
+    2, 8, 64].
     tiles = N * NTH * NTW, the tiles of an image down and across."""
     WARPS: gl.constexpr = gl.num_warps()
     dtype: gl.constexpr = x_desc.dtype
@@ -174,20 +175,23 @@ def halo_kernel(
     # fmt: off
     if CONSUMERS == 1:
         gl.warp_specialize([
-            (consumer, (0, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full, order,
-                ticket, posted, taken, tiles, TH, NTH, NTW, STAGES, RESIDUAL, CONSUMERS, ACT, SWAP, WARPS)),
-            (producer, (x_desc, x2_desc, w_desc, z_desc, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full,
-                ticket, posted, taken, tiles, TH, NTH, NTW, STAGES, RESIDUAL, CONSUMERS)),
+            (consumer, (0, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty,
+                w_full, order, ticket, posted, taken, tiles, TH, NTH, NTW, STAGES, RESIDUAL, CONSUMERS, ACT,
+                SWAP, WARPS)),
+            (producer, (x_desc, x2_desc, w_desc, z_desc, x_buf, w_buf, y_buf, full, empty, z_full, z_empty,
+                w_full, ticket, posted, taken, tiles, TH, NTH, NTW, STAGES, RESIDUAL, CONSUMERS)),
             (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC, SLOTS)),
         ], [1, 1], [PRODUCER_REGS, PRODUCER_REGS])
     else:
         gl.warp_specialize([
-            (consumer, (0, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full, order,
-                ticket, posted, taken, tiles, TH, NTH, NTW, STAGES, RESIDUAL, CONSUMERS, ACT, SWAP, WARPS)),
-            (consumer, (1, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full, order,
-                ticket, posted, taken, tiles, TH, NTH, NTW, STAGES, RESIDUAL, CONSUMERS, ACT, SWAP, WARPS)),
-            (producer, (x_desc, x2_desc, w_desc, z_desc, x_buf, w_buf, y_buf, full, empty, z_full, z_empty, w_full,
-                ticket, posted, taken, tiles, TH, NTH, NTW, STAGES, RESIDUAL, CONSUMERS)),
+            (consumer, (0, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty,
+                w_full, order, ticket, posted, taken, tiles, TH, NTH, NTW, STAGES, RESIDUAL, CONSUMERS, ACT,
+                SWAP, WARPS)),
+            (consumer, (1, y_desc, scale, shift, slope, x_buf, w_buf, y_buf, full, empty, z_full, z_empty,
+                w_full, order, ticket, posted, taken, tiles, TH, NTH, NTW, STAGES, RESIDUAL, CONSUMERS, ACT,
+                SWAP, WARPS)),
+            (producer, (x_desc, x2_desc, w_desc, z_desc, x_buf, w_buf, y_buf, full, empty, z_full, z_empty,
+                w_full, ticket, posted, taken, tiles, TH, NTH, NTW, STAGES, RESIDUAL, CONSUMERS)),
             (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC, SLOTS)),
         ], [WARPS, 1, 1], [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS])
     # fmt: on

@@ -1,22 +1,25 @@
 """The rest of a 64-channel bottleneck, from its 3x3 on, and the next block's first 1x1, in one kernel, NHWC:
 
     h = act_c(scale_c * conv3x3(x, w_c) + shift_c)      64 channels, registers only
-    out = act_e(scale_e * h w_e^T + shift_e + z)        K channels, in chunks of 64; z the residual, or (PROJECT) v w_p^T:
-                                                        the projection shortcut of 64 channels v, scales in the weights
-    y = act_r(scale_r * out w_r^T + shift_r)            REDUCED channels: 0 (none), 64 or 128
+    out = act_e(scale_e * h w_e^T + shift_e + z)        K channels, in chunks of 64; z the residual, or
+                                                        (PROJECT) v w_p^T: the projection shortcut of 64
+    channels v, scales in the weights y = act_r(scale_r * out w_r^T + shift_r)            REDUCED channels:
+    0 (none), 64 or 128
 
-A tile is 8 x 8 pixels. All weights stay in shared memory. Two consumer groups of 4 warps (or one) take alternate tiles;
-h and each chunk of out go from accumulator to A operand without leaving the registers. A residual chunk is added in
-place in its ring slot and leaves from there.
+A tile is 8 x 8 pixels. All weights stay in shared memory. Two consumer groups of 4 warps (or one) take
+alternate tiles; h and each chunk of out go from accumulator to A operand without leaving the registers. A
+residual chunk is added in place in its ring slot and leaves from there.
 
-HALO: x comes as three column-shifted boxes of 10 rows x 8 pixels; a tap's row shift is a whole number of 1,024-byte
-swizzle atoms, so that one box serves three taps. The view that this takes, a slot seen from a later atom on, is larger
-than what it is made from, which Triton 3.8 refuses: without HALO x comes as nine boxes, one a tap.
+HALO: x comes as three column-shifted boxes of 10 rows x 8 pixels; a tap's row shift is a whole number of
+1,024-byte swizzle atoms, so that one box serves three taps. The view that this takes, a slot seen from a
+later atom on, is larger than what it is made from, which Triton 3.8 refuses: without HALO x comes as nine
+boxes, one a tap.
 
-PROJECT: v's tile takes the ring step of x after the 3x3's boxes, and is given back when the last chunk has used it.
+PROJECT: v's tile takes the ring step of x after the 3x3's boxes, and is given back when the last chunk has
+used it.
 
-Rings are shared by the groups. Turns keep a group from waiting on a slot whose previous phase is still open, since an
-mbarrier wait sees only the phase's parity.
+Rings are shared by the groups. Turns keep a group from waiting on a slot whose previous phase is still
+open, since an mbarrier wait sees only the phase's parity.
 """
 
 from triton.experimental import gluon
@@ -43,9 +46,9 @@ def tile_place(tile, NTH: gl.constexpr, NTW: gl.constexpr):
 @gluon.jit
 def load_input(
     x_desc, x2_desc, v_desc, wc_desc, we_desc, wr_desc, wp_desc, x_buf, wc_buf, we_buf, wr_buf, wp_buf,
-    x_full, x_empty, w_full, ticket, posted, taken, tiles,
-    NTH: gl.constexpr, NTW: gl.constexpr, CHUNKS: gl.constexpr, REDUCED: gl.constexpr, HALO: gl.constexpr,
-    PROJECT: gl.constexpr, SX: gl.constexpr,
+    x_full, x_empty, w_full, ticket, posted, taken, tiles, NTH: gl.constexpr, NTW: gl.constexpr,
+    CHUNKS: gl.constexpr, REDUCED: gl.constexpr, HALO: gl.constexpr, PROJECT: gl.constexpr,
+    SX: gl.constexpr,
 ):  # fmt: skip
     """The producer of the weights, once, and of x."""
     R64: gl.constexpr = REDUCED // 64
@@ -95,8 +98,8 @@ def load_input(
 
 @gluon.jit
 def load_residual(
-    z_desc, z_buf, z_full, z_empty, ticket, posted, taken, tiles,
-    NTH: gl.constexpr, NTW: gl.constexpr, LOADED: gl.constexpr, EMPTY: gl.constexpr, SZ: gl.constexpr,
+    z_desc, z_buf, z_full, z_empty, ticket, posted, taken, tiles, NTH: gl.constexpr, NTW: gl.constexpr,
+    LOADED: gl.constexpr, EMPTY: gl.constexpr, SZ: gl.constexpr,
 ):  # fmt: skip
     """The producer of the residual's LOADED chunks, and of EMPTY slots for what is computed without one."""
     step = 0
@@ -130,12 +133,11 @@ def store_slot(desc, n, p, q, c, z_buf, out_full, z_empty, step, SZ: gl.constexp
 
 @gluon.jit
 def store_results(
-    out_desc, y_desc, z_buf, out_full, z_empty, ticket, posted, taken, tiles,
-    NTH: gl.constexpr, NTW: gl.constexpr, CHUNKS: gl.constexpr, REDUCED: gl.constexpr, SZ: gl.constexpr,
-    SW: gl.constexpr,
+    out_desc, y_desc, z_buf, out_full, z_empty, ticket, posted, taken, tiles, NTH: gl.constexpr,
+    NTW: gl.constexpr, CHUNKS: gl.constexpr, REDUCED: gl.constexpr, SZ: gl.constexpr, SW: gl.constexpr,
 ):  # fmt: skip
-    """The store warp takes finished slots in ring order, keeps SW + 1 stores in flight, and gives a slot back when its
-    store has read it."""
+    """The store warp takes finished slots in ring order, keeps SW + 1 stores in flight, and gives a slot
+    back when its store has read it."""
     step = 0
     k = 0
     tile = claim(ticket, posted, taken, k, 1, SLOTS)
@@ -163,9 +165,9 @@ def epilogue(acc, scale, shift, at, o_k):
 def consumer(
     GROUP: gl.constexpr, scale_c, shift_c, slope_c, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r,
     x_buf, z_buf, wc_buf, we_buf, wr_buf, wp_buf, x_full, x_empty, z_full, out_full, w_full, turn_c, turn_e,
-    ticket, posted, taken, tiles,
-    CHUNKS: gl.constexpr, REDUCED: gl.constexpr, HALO: gl.constexpr, PROJECT: gl.constexpr, SX: gl.constexpr,
-    SZ: gl.constexpr, CONSUMERS: gl.constexpr, ACT_C: gl.constexpr, ACT_E: gl.constexpr, ACT_R: gl.constexpr,
+    ticket, posted, taken, tiles, CHUNKS: gl.constexpr, REDUCED: gl.constexpr, HALO: gl.constexpr,
+    PROJECT: gl.constexpr, SX: gl.constexpr, SZ: gl.constexpr, CONSUMERS: gl.constexpr, ACT_C: gl.constexpr,
+    ACT_E: gl.constexpr, ACT_R: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = x_buf.dtype
     ROWS64: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
@@ -184,8 +186,9 @@ def consumer(
     k = GROUP
     tile = claim(ticket, posted, taken, k, 4, SLOTS)
     while tile < tiles:
-        # Always 0, which the compiler cannot know: it would hoist 68 weight descriptors out of the loop and spill them,
-        # and with shared memory full the L1 is too small for spills (200 us of 550 on an H100).
+        # Always 0, which the compiler cannot know: it would hoist 68 weight descriptors out of the loop
+        # and spill them, and with shared memory full the L1 is too small for spills (200 us of 550 on an
+        # H100).
         zero = turn >> 24
         acc = gl.zeros((64, 64), gl.float32, ACC)
         if CONSUMERS > 1:
@@ -226,6 +229,7 @@ def consumer(
             e = warpgroup_mma(v, wp_buf.index(zero).permute((1, 0)), e, use_acc=True, is_async=True)
         y0 = none
         y1 = none
+        a = h
         if CONSUMERS > 1:
             mbarrier.wait(turn_e.index(GROUP), (turn & 1) ^ FIRST)
         for c in gl.static_range(CHUNKS):
@@ -278,7 +282,8 @@ def consumer(
             elif j == 0:
                 y0, y1, a = warpgroup_mma_wait(0, deps=(y0, y1, a))
             y = epilogue(y0 if j == 0 else y1, scale_r, shift_r, j * 64, o_k)
-            z_buf.index(slot)._reinterpret(dtype, [64, 64], ROWS64).store(activate(y, ACT_R, slope_r).to(dtype))
+            y = activate(y, ACT_R, slope_r).to(dtype)
+            z_buf.index(slot)._reinterpret(dtype, [64, 64], ROWS64).store(y)
             fence_async_shared()
             mbarrier.arrive(out_full.index(slot), count=1)
             step_z += 1
@@ -290,15 +295,16 @@ def consumer(
 
 @gluon.jit(do_not_specialize=["tiles"])
 def shifted_block_kernel(
-    counter, x_desc, x2_desc, z_desc, out_desc, y_desc, wc_desc, we_desc, wr_desc, wp_desc,
-    scale_c, shift_c, slope_c, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, tiles,
-    NTH: gl.constexpr, NTW: gl.constexpr, CHUNKS: gl.constexpr, REDUCED: gl.constexpr, HALO: gl.constexpr,
+    counter, x_desc, x2_desc, z_desc, out_desc, y_desc, wc_desc, we_desc, wr_desc, wp_desc, scale_c,
+    shift_c, slope_c, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, tiles, NTH: gl.constexpr,
+    NTW: gl.constexpr, CHUNKS: gl.constexpr, REDUCED: gl.constexpr, HALO: gl.constexpr,
     PROJECT: gl.constexpr, SX: gl.constexpr, SZ: gl.constexpr, SW: gl.constexpr, CONSUMERS: gl.constexpr,
-    ACT_C: gl.constexpr, ACT_E: gl.constexpr, ACT_R: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMER_REGS: gl.constexpr,
-    PRODUCER_REGS: gl.constexpr,
+    ACT_C: gl.constexpr, ACT_E: gl.constexpr, ACT_R: gl.constexpr, DYNAMIC: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """counter: int32 [1], zero. w_c [64, 576], w_e [64 * CHUNKS, 64], w_r [REDUCED, 64 * CHUNKS], w_p [64 * CHUNKS, 64],
-    all in boxes [64, 64]; images in boxes [1, 8, 8, 64], x2 [1, 2, 8, 64]; z is v's descriptor with PROJECT. tiles = N * NTH * NTW. SX slots of x, SZ of the residual ring."""
+    """counter: int32 [1], zero. w_c [64, 576], w_e [64 * CHUNKS, 64], w_r [REDUCED, 64 * CHUNKS], w_p [64
+    * CHUNKS, 64], all in boxes [64, 64]; images in boxes [1, 8, 8, 64], x2 [1, 2, 8, 64]; z is v's
+    descriptor with PROJECT. tiles = N * NTH * NTW. SX slots of x, SZ of the residual ring."""
     dtype: gl.constexpr = x_desc.dtype
     R64: gl.constexpr = REDUCED // 64
     wc_buf = gl.allocate_shared_memory(dtype, [9, 64, 64], wc_desc.layout)
@@ -346,32 +352,35 @@ def shifted_block_kernel(
     if CONSUMERS == 1:
         gl.warp_specialize([
             (consumer, (0, scale_c, shift_c, slope_c, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r,
-                x_buf, z_buf, wc_buf, we_buf, wr_buf, wp_buf, x_full, x_empty, z_full, out_full, w_full, turn_c, turn_e,
-                ticket, posted, taken, tiles, CHUNKS, REDUCED, HALO, PROJECT, SX, SZ, CONSUMERS, ACT_C, ACT_E, ACT_R)),
-            (load_input, (x_desc, x2_desc, z_desc, wc_desc, we_desc, wr_desc, wp_desc, x_buf, wc_buf, we_buf, wr_buf,
-                wp_buf, x_full, x_empty, w_full, ticket, posted, taken, tiles, NTH, NTW, CHUNKS, REDUCED, HALO,
-                PROJECT, SX)),
-            (load_residual, (z_desc, z_buf, z_full, z_empty, ticket, posted, taken, tiles,
-                NTH, NTW, 0 if PROJECT else CHUNKS, R64 + CHUNKS if PROJECT else R64, SZ)),
-            (store_results, (out_desc, y_desc, z_buf, out_full, z_empty, ticket, posted, taken, tiles,
-                NTH, NTW, CHUNKS, REDUCED, SZ, SW)),
+                x_buf, z_buf, wc_buf, we_buf, wr_buf, wp_buf, x_full, x_empty, z_full, out_full, w_full,
+                turn_c, turn_e, ticket, posted, taken, tiles, CHUNKS, REDUCED, HALO, PROJECT, SX, SZ,
+                CONSUMERS, ACT_C, ACT_E, ACT_R)),
+            (load_input, (x_desc, x2_desc, z_desc, wc_desc, we_desc, wr_desc, wp_desc, x_buf, wc_buf,
+                we_buf, wr_buf, wp_buf, x_full, x_empty, w_full, ticket, posted, taken, tiles, NTH, NTW,
+                CHUNKS, REDUCED, HALO, PROJECT, SX)),
+            (load_residual, (z_desc, z_buf, z_full, z_empty, ticket, posted, taken, tiles, NTH, NTW, 0 if
+                PROJECT else CHUNKS, R64 + CHUNKS if PROJECT else R64, SZ)),
+            (store_results, (out_desc, y_desc, z_buf, out_full, z_empty, ticket, posted, taken, tiles, NTH,
+                NTW, CHUNKS, REDUCED, SZ, SW)),
             (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC, SLOTS)),
         ], [1, 1, 1, 1], [PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS])
     else:
         gl.warp_specialize([
             (consumer, (0, scale_c, shift_c, slope_c, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r,
-                x_buf, z_buf, wc_buf, we_buf, wr_buf, wp_buf, x_full, x_empty, z_full, out_full, w_full, turn_c, turn_e,
-                ticket, posted, taken, tiles, CHUNKS, REDUCED, HALO, PROJECT, SX, SZ, CONSUMERS, ACT_C, ACT_E, ACT_R)),
+                x_buf, z_buf, wc_buf, we_buf, wr_buf, wp_buf, x_full, x_empty, z_full, out_full, w_full,
+                turn_c, turn_e, ticket, posted, taken, tiles, CHUNKS, REDUCED, HALO, PROJECT, SX, SZ,
+                CONSUMERS, ACT_C, ACT_E, ACT_R)),
             (consumer, (1, scale_c, shift_c, slope_c, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r,
-                x_buf, z_buf, wc_buf, we_buf, wr_buf, wp_buf, x_full, x_empty, z_full, out_full, w_full, turn_c, turn_e,
-                ticket, posted, taken, tiles, CHUNKS, REDUCED, HALO, PROJECT, SX, SZ, CONSUMERS, ACT_C, ACT_E, ACT_R)),
-            (load_input, (x_desc, x2_desc, z_desc, wc_desc, we_desc, wr_desc, wp_desc, x_buf, wc_buf, we_buf, wr_buf,
-                wp_buf, x_full, x_empty, w_full, ticket, posted, taken, tiles, NTH, NTW, CHUNKS, REDUCED, HALO,
-                PROJECT, SX)),
-            (load_residual, (z_desc, z_buf, z_full, z_empty, ticket, posted, taken, tiles,
-                NTH, NTW, 0 if PROJECT else CHUNKS, R64 + CHUNKS if PROJECT else R64, SZ)),
-            (store_results, (out_desc, y_desc, z_buf, out_full, z_empty, ticket, posted, taken, tiles,
-                NTH, NTW, CHUNKS, REDUCED, SZ, SW)),
+                x_buf, z_buf, wc_buf, we_buf, wr_buf, wp_buf, x_full, x_empty, z_full, out_full, w_full,
+                turn_c, turn_e, ticket, posted, taken, tiles, CHUNKS, REDUCED, HALO, PROJECT, SX, SZ,
+                CONSUMERS, ACT_C, ACT_E, ACT_R)),
+            (load_input, (x_desc, x2_desc, z_desc, wc_desc, we_desc, wr_desc, wp_desc, x_buf, wc_buf,
+                we_buf, wr_buf, wp_buf, x_full, x_empty, w_full, ticket, posted, taken, tiles, NTH, NTW,
+                CHUNKS, REDUCED, HALO, PROJECT, SX)),
+            (load_residual, (z_desc, z_buf, z_full, z_empty, ticket, posted, taken, tiles, NTH, NTW, 0 if
+                PROJECT else CHUNKS, R64 + CHUNKS if PROJECT else R64, SZ)),
+            (store_results, (out_desc, y_desc, z_buf, out_full, z_empty, ticket, posted, taken, tiles, NTH,
+                NTW, CHUNKS, REDUCED, SZ, SW)),
             (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC, SLOTS)),
         ], [4, 1, 1, 1, 1], [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS])
     # fmt: on

@@ -1,17 +1,19 @@
-"""The stem in one kernel: max_pool3x3/2(relu(conv7x7/2(x, w) + shift)), 3 -> 64 channels, NHWC; the convolution's output is
-never written. H and W are multiples of 4.
+"""The stem in one kernel: max_pool3x3/2(relu(conv7x7/2(x, w) + shift)), 3 -> 64 channels, NHWC; the
+convolution's output is never written. H and W are multiples of 4.
 
-Im2col without staging. For filter row r the 7 taps x 3 channels of output column q are 21 adjacent elements of input row
-2p - 3 + r, from 6q - 9 on. The kernel takes the 24 from 6q - 10 on (even: 4-byte loads) with zero weights for the three
-others: K = 7 * 24 = 168, padded to 11 steps of 16; in the padding stand ones, and in the weights there the shift, as a sum
-of 16-bit numbers: it takes no registers then. (An infinity or NaN of the image meets those zero weights too, and so
-reaches one convolution column further than it should.) Loads go from global memory straight into the registers of wgmma's A
-operand, 4 a warp and step, all at immediate offsets from one base; only the weights are in shared memory.
+Im2col without staging. For filter row r the 7 taps x 3 channels of output column q are 21 adjacent
+elements of input row 2p - 3 + r, from 6q - 9 on. The kernel takes the 24 from 6q - 10 on (even: 4-byte
+loads) with zero weights for the three others: K = 7 * 24 = 168, padded to 11 steps of 16; in the padding
+stand ones, and in the weights there the shift, as a sum of 16-bit numbers: it takes no registers then. (An
+infinity or NaN of the image meets those zero weights too, and so reaches one convolution column further
+than it should.) Loads go from global memory straight into the registers of wgmma's A operand, 4 a warp and
+step, all at immediate offsets from one base; only the weights are in shared memory.
 
-The pool happens in registers. Rows of warp w are pooled columns 14w - 1 … 14w + 14 (16 rows, 14 results: four warps make
-56 columns). One product holds the even convolution columns 2 pw, another the odd ones 2 pw + 1; convolution rows are kept
-as a running maximum in 16 bits (what the separate convolution would have stored), and the missing neighbour 2 pw - 1 is
-the odd product one row up: a rotation by 4 lanes. ReLU commutes with the maximum and comes last.
+The pool happens in registers. Rows of warp w are pooled columns 14w - 1 … 14w + 14 (16 rows, 14 results:
+four warps make 56 columns). One product holds the even convolution columns 2 pw, another the odd ones 2 pw
++ 1; convolution rows are kept as a running maximum in 16 bits (what the separate convolution would have
+stored), and the missing neighbour 2 pw - 1 is the odd product one row up: a rotation by 4 lanes. ReLU
+commutes with the maximum and comes last.
 """
 
 from triton.experimental import gluon
@@ -27,8 +29,8 @@ STEPS = gl.constexpr(11)
 
 @gluon.jit
 def pin(v):
-    """Defines the packed registers here: the volatile move keeps LLVM from sinking the packing of pairs in between the
-    products, which makes ptxas serialise them."""
+    """Defines the packed registers here: the volatile move keeps LLVM from sinking the packing of pairs in
+    between the products, which makes ptxas serialise them."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [v], dtype=v.dtype, is_pure=False, pack=2)
 
 
@@ -68,15 +70,17 @@ def row_of_eight(v):
 
 @gluon.jit
 def halves(v):
-    """[64, 64] in the accumulator's layout → rows 0-7 and 8-15 of every warp's 16, each [4, 8, 64]: registers renamed."""
+    """[64, 64] in the accumulator's layout → rows 0-7 and 8-15 of every warp's 16, each [4, 8, 64]:
+    registers renamed."""
     return gl.split(gl.permute(gl.reshape(v, (4, 2, 8, 64)), (0, 2, 3, 1)))
 
 
 @gluon.jit
 def load_step(row, p, e0, k, k8, i: gl.constexpr, ODD: gl.constexpr, H: gl.constexpr, W: gl.constexpr):
-    """A operand [64, 16] of step i: two groups of 8 elements; group g is elements 8 (g % 3) … of the window in filter row
-    g // 3 (there is no row 7: ones). row: pointers [64, 16] to input row 2p - 3, element e0 + k; every address is such a
-    pointer plus a constant. ODD: the window of the odd column, 6 elements on."""
+    """A operand [64, 16] of step i: two groups of 8 elements; group g is elements 8 (g % 3) … of the
+    window in filter row g // 3 (there is no row 7: ones). row: pointers [64, 16] to input row 2p - 3,
+    element e0 + k; every address is such a pointer plus a constant. ODD: the window of the odd column, 6
+    elements on."""
     LINE: gl.constexpr = 3 * W
     AT: gl.constexpr = 6 * ODD
     ra: gl.constexpr = (2 * i) // 3
@@ -118,7 +122,9 @@ def conv_columns(
 
 
 @gluon.jit
-def conv_row(x, p, e0, k, k8, w_buf, H: gl.constexpr, W: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr):
+def conv_row(
+    x, p, e0, k, k8, w_buf, H: gl.constexpr, W: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr
+):
     """Convolution row p plus shift, in 16 bits: even columns, odd columns."""
     row = x + (2 * p - 3) * (3 * W)
     even = conv_columns(row, p, e0, k, k8, w_buf, 0, H, W, ACC)
@@ -128,8 +134,9 @@ def conv_row(x, p, e0, k, k8, w_buf, H: gl.constexpr, W: gl.constexpr, ACC: gl.c
 
 @gluon.jit
 def stem_pool_kernel(x, w, y, H: gl.constexpr, W: gl.constexpr, ROWS: gl.constexpr):
-    """x [N, H, W, 3], y [N, H / 4, W / 4, 64], w [11, 64, 16] with BN's scale and shift. A program of 4 warps makes ROWS
-    pooled rows of 56 pooled columns; the grid is N * ceil(H / 4 / ROWS) * ceil(W / 4 / 56)."""
+    """x [N, H, W, 3], y [N, H / 4, W / 4, 64], w [11, 64, 16] with BN's scale and shift. A program of 4
+    warps makes ROWS pooled rows of 56 pooled columns; the grid is N * ceil(H / 4 / ROWS) * ceil(W / 4 /
+    56)."""
     dtype: gl.constexpr = x.dtype.element_ty
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)

@@ -244,8 +244,8 @@ class Machine:
     @staticmethod
     def _argument(value):
         if isinstance(value, torch.Tensor):
-            return Pointer(value.as_strided((value.untyped_storage().nbytes() // value.element_size(),), (1,), 0),
-                           value.storage_offset())  # fmt: skip
+            whole = value.untyped_storage().nbytes() // value.element_size()
+            return Pointer(value.as_strided((whole,), (1,), 0), value.storage_offset())
         return Descriptor(value) if hasattr(value, "block_shape") else value
 
     def _spawn(self, block, name, call) -> Task:
@@ -379,8 +379,12 @@ class Number(int):
 
     __add__ = __radd__ = lambda a, b: _number(int.__add__(a, b) if isinstance(b, int) else NotImplemented)
     __mul__ = __rmul__ = lambda a, b: _number(int.__mul__(a, b) if isinstance(b, int) else NotImplemented)
-    __floordiv__ = lambda a, b: Number(int(a) // b)
-    __mod__ = lambda a, b: Number(int(a) % b)
+
+    def __floordiv__(self, other):
+        return Number(int(self) // other)
+
+    def __mod__(self, other):
+        return Number(int(self) % other)
 
 
 def _number(value):
@@ -503,32 +507,60 @@ def _fakes(machine: Machine) -> dict:
         return settled if len(settled) > 1 else settled[0]
 
     gl = types.SimpleNamespace(
-        constexpr=object, static_range=range, static_assert=lambda *a: None, num_warps=lambda: machine.num_warps,
-        program_id=lambda axis=0: Number(machine.task.block.number), num_programs=lambda axis=0: machine.grid,
-        float32=torch.float32, bfloat16=torch.bfloat16, float16=torch.float16, int32=torch.int32, int64=torch.int64,
+        constexpr=object,
+        static_range=range,
+        static_assert=lambda *a: None,
+        num_warps=lambda: machine.num_warps,
+        program_id=lambda axis=0: Number(machine.task.block.number),
+        num_programs=lambda axis=0: machine.grid,
+        float32=torch.float32,
+        bfloat16=torch.bfloat16,
+        float16=torch.float16,
+        int32=torch.int32,
+        int64=torch.int64,
         zeros=lambda shape, dtype, layout: torch.zeros(tuple(shape), dtype=dtype),
         full=lambda shape, value, dtype, layout: torch.full(tuple(shape), value, dtype=dtype),
-        arange=lambda start, end, layout=None: torch.arange(start, end), cast=lambda x, dtype: x,
-        expand_dims=lambda t, dim: t.unsqueeze(dim), where=_where, reshape=lambda t, shape: t.reshape(shape),
-        permute=lambda t, order: t.permute(order), join=lambda a, b: torch.stack((a, b), -1),
-        split=lambda t: (t[..., 0], t[..., 1]), maximum=_clamp(torch.maximum), minimum=_clamp(torch.minimum),
-        max=lambda t, axis: t.amax(axis).item(), convert_layout=lambda t, layout: t, exp=torch.exp, erf=torch.erf,
-        load=load, store=store, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
-        atomic_add=lambda p, v, sem: atomic(p, v, False), atomic_xchg=lambda p, v, sem: atomic(p, v, True),
-        NVMMADistributedLayout=_Layout, NVMMASharedLayout=_Layout, SliceLayout=_Layout, BlockedLayout=_Layout,
-        DotOperandLayout=_Layout, SwizzledSharedLayout=_Layout,
-    )  # fmt: skip
+        arange=lambda start, end, layout=None: torch.arange(start, end),
+        cast=lambda x, dtype: x,
+        expand_dims=lambda t, dim: t.unsqueeze(dim),
+        where=_where,
+        reshape=lambda t, shape: t.reshape(shape),
+        permute=lambda t, order: t.permute(order),
+        join=lambda a, b: torch.stack((a, b), -1),
+        split=lambda t: (t[..., 0], t[..., 1]),
+        maximum=_clamp(torch.maximum),
+        minimum=_clamp(torch.minimum),
+        max=lambda t, axis: t.amax(axis).item(),
+        convert_layout=lambda t, layout: t,
+        exp=torch.exp,
+        erf=torch.erf,
+        load=load,
+        store=store,
+        allocate_shared_memory=allocate,
+        warp_specialize=warp_specialize,
+        atomic_add=lambda p, v, sem: atomic(p, v, False),
+        atomic_xchg=lambda p, v, sem: atomic(p, v, True),
+        NVMMADistributedLayout=_Layout,
+        NVMMASharedLayout=_Layout,
+        SliceLayout=_Layout,
+        BlockedLayout=_Layout,
+        DotOperandLayout=_Layout,
+        SwizzledSharedLayout=_Layout,
+    )
     machine.fakes = {
         "gl": gl,
         "tma": types.SimpleNamespace(
             async_copy_global_to_shared=copy_in, async_copy_shared_to_global=copy_out, store_wait=store_wait
         ),
         "mbarrier": types.SimpleNamespace(
-            MBarrierLayout=Barriers, init=lambda bar, count: _barrier(bar).init(count), wait=wait, arrive=arrive,
+            MBarrierLayout=Barriers,
+            init=lambda bar, count: _barrier(bar).init(count),
+            wait=wait,
+            arrive=arrive,
             expect=expect,
         ),
         "fence_async_shared": fence,
         "warpgroup_mma": product,
         "warpgroup_mma_wait": product_wait,
-    }  # fmt: skip
+    }
     return machine.fakes

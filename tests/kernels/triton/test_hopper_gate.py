@@ -1,5 +1,5 @@
-"""The Hopper kernels compile for sm_90 as the networks' layers would launch them, on this Triton and on 3.6: wgmma, no
-spilled register, shared memory within the limit. No GPU is needed."""
+"""The Hopper kernels compile for sm_90 as the networks' layers would launch them, on this Triton and on
+3.6: wgmma, no spilled register, shared memory within the limit. No GPU is needed."""
 
 import os
 import subprocess

@@ -190,7 +190,9 @@ def shifted_block(n, h, w, reduced, k=256, act=RELU, project=False):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("reduced", "project"), [(0, False), (64, False), (128, False), (0, True), (64, True)])
+@pytest.mark.parametrize(
+    ("reduced", "project"), [(0, False), (64, False), (128, False), (0, True), (64, True)]
+)
 def test_shifted_block_is_exact_on_whole_numbers(machine, reduced, project, seed):
     machine.seed = 100 * seed
     problem = shifted_block(2, 19, 14, reduced, project=project)
@@ -222,7 +224,8 @@ def test_stem_pool_is_exact_on_whole_numbers(machine, h, w, dtype):
 
 
 def exact(problem):
-    """A shortcut inside a kernel is not rounded before it is added; the checker's whole numbers assume that it is."""
+    """A shortcut inside a kernel is not rounded before it is added; the checker's whole numbers assume
+    that it is."""
     return problem.get("shortcut") is None
 
 
