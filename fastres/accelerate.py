@@ -144,7 +144,7 @@ class Accelerated:
             warnings.warn(
                 "an accelerated model in eval mode was called with gradients wanted: it takes the differentiable path, "
                 "which is slower than its plan. Use torch.no_grad() or torch.inference_mode() for inference.",
-                stacklevel=5,
+                stacklevel=7,
             )
 
     def _by_parts(self, error: CaptureError, args: tuple, kwargs: dict) -> Any:
@@ -256,11 +256,13 @@ def _restore(original: nn.Module, options: Options) -> nn.Module:
 
 @cache
 def _class_of(kind: type) -> type:
-    return type(
-        f"Accelerated{kind.__name__}",
-        (Accelerated, kind),
-        {"__slots__": ("_fastres",), "__module__": kind.__module__, "__doc__": kind.__doc__},
-    )
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return Accelerated.forward(self, *args, **kwargs)
+
+    # torch.export asks for it
+    forward.__signature__ = inspect.signature(kind.forward)
+    names = {"__slots__": ("_fastres",), "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(f"Accelerated{kind.__name__}", (Accelerated, kind), {"forward": forward, **names})
 
 
 def _part(child: nn.Module, options: Options) -> nn.Module | None:

@@ -224,6 +224,8 @@ class Engine:
             while idle:
                 context = idle.pop()
                 if context.generation == self.constants.generation:
+                    if key in self.plans:
+                        self.plans.move_to_end(key)
                     context.slot = (key, stream)
                     return context
             plan = self._plan(key, self.graph(module), inputs)

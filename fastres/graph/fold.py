@@ -1,4 +1,4 @@
-"""BN folding in fp32 (fp64 for fp64 parameters), and the keys that tell when prepared constants are stale.
+"""BN folding in fp32 (fp64 where parameters or activations are), and the keys that tell when prepared constants are stale.
 
 Folding (Jacob et al., 2018, "Quantization and Training of Neural Networks", section 3.2):
     scale = gamma / sqrt(var + eps),  shift = beta + (bias - mean) * scale,  y = scale * conv(x, w) + shift
@@ -15,13 +15,17 @@ from fastres.graph.ir import Conv, Linear, Node, Normalize
 class LayerParameters:
     """The current parameters of one node, read at `prepare` time; everything returned is detached.
 
+    Args:
+        compute: the type of activations.
+
     Attributes:
         weight: the layer's own weight, [K, C / groups, R, S] or [K, C], in its own dtype; None where it has none.
         bias: the convolution's or linear layer's bias [K], or None.
         mean, std: of a `Normalize` node, fp32 [C]; else None.
     """
 
-    def __init__(self, node: Node):
+    def __init__(self, node: Node, compute: torch.dtype = torch.float32):
+        self._compute = compute
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
         self.mean: Tensor | None = None
@@ -44,7 +48,7 @@ class LayerParameters:
     def scale_shift(self) -> tuple[Tensor, Tensor]:
         """(scale [K], shift [K]) with act(scale * conv(x, weight) + shift): BN and the layer's bias, fp32 or fp64."""
         weight = self.weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
+        wide = torch.float64 if torch.float64 in (weight.dtype, self._compute) else torch.float32
         k = weight.shape[0]
         zero = torch.zeros(k, dtype=wide, device=weight.device)
         bias = zero if self.bias is None else self.bias.to(wide)

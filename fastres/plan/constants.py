@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from fastres.graph.fold import LayerParameters
-from fastres.graph.ir import Node
 from fastres.plan.planner import Segment
 
 
@@ -84,13 +83,9 @@ def _storage(value: Any) -> int | None:
 
 
 def _prepare(segment: Segment) -> Any:
-    parameters = {role: LayerParameters(node) for role, node in _roles(segment)}
+    parameters = {role: LayerParameters(node, segment.problem.dtype) for role, node in segment.match.nodes}
     with torch.inference_mode(False), torch.no_grad():
         return segment.candidate.prepare(segment.problem, segment.cost.config, parameters)
-
-
-def _roles(segment: Segment) -> tuple[tuple[str, Node], ...]:
-    return segment.match.nodes
 
 
 def _copy_into(old: Any, new: Any) -> bool:
