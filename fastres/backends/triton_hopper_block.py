@@ -42,19 +42,24 @@ class ChainConfig(Config):
     input_slots: int
     dynamic: bool = True
 
-    def shared_bytes(self, c: int) -> int:
+    def shared_bytes(self, c: int, cy: int) -> int:
         inputs, residuals = 2 * self.input_slots * 64 * c, 2 * self.residual_slots * 64 * 64
-        return 2 * (inputs + residuals + self.weight_stages * 2 * 64 * c) + _BARRIERS
+        outputs = 0 if cy == c else 2 * 64 * cy
+        return 2 * (inputs + outputs + residuals + self.weight_stages * 64 * (c + cy)) + _BARRIERS
 
 
 # One H100, batch 256, bf16, prototypes of this kernel, us (cuDNN's two calls):
 #   128 -> 512 -> 128 at 28x28: 197 dynamic, 200 static, 208 with two weight stages and six residual slots
 # (262)   256 -> 1024 -> 256 at 14x14: 124 static, 129 dynamic: 392 tiles are three rounds of 132 blocks
 # anyhow (149)
+#   128 -> 512 -> 256 at 28x28 (into the next stage) is unmeasured: its slots are what fits.
 _CHAINS = {
-    64: (ChainConfig(3, 8, 2), ChainConfig(2, 8, 2), ChainConfig(3, 8, 2, dynamic=False)),
-    128: (ChainConfig(3, 4, 2), ChainConfig(3, 4, 2, dynamic=False), ChainConfig(2, 6, 2)),
-    256: (ChainConfig(2, 2, 1, dynamic=False), ChainConfig(2, 2, 1)),
+    # (channels into the expand, out of the reduce)
+    (64, 64): (ChainConfig(3, 8, 2), ChainConfig(2, 8, 2), ChainConfig(3, 8, 2, dynamic=False)),
+    (128, 128): (ChainConfig(3, 4, 2), ChainConfig(3, 4, 2, dynamic=False), ChainConfig(2, 6, 2)),
+    (256, 256): (ChainConfig(2, 2, 1, dynamic=False), ChainConfig(2, 2, 1)),
+    (64, 128): (ChainConfig(2, 8, 1), ChainConfig(3, 6, 1), ChainConfig(2, 8, 1, dynamic=False)),
+    (128, 256): (ChainConfig(2, 2, 1), ChainConfig(2, 2, 1, dynamic=False)),
 }
 
 
@@ -75,17 +80,16 @@ class HopperExpandReduce(HopperCandidate):
             return "no residual: takes an expand that adds one"
         if reduce.residual:
             return "the reduce adds a residual of its own"
-        if expand.c not in _CHAINS:
-            return f"{expand.c} channels into the expand: takes 64, 128 and 256"
-        if reduce.k != expand.c:
-            return f"{reduce.k} channels out of the reduce: takes as many as go into the expand ({expand.c})"
+        if (expand.c, reduce.k) not in _CHAINS:
+            taken = ", ".join(f"{c} and {cy}" for c, cy in _CHAINS)
+            return f"{expand.c} channels into the expand and {reduce.k} out of the reduce: takes {taken}"
         if expand.k % 64:
             return f"{expand.k} channels between: takes multiples of 64"
         return None
 
     def configs(self, problem: Problem, target: Target) -> Sequence[ChainConfig]:
-        c = problem["expand"].c
-        return tuple(config for config in _CHAINS[c] if config.shared_bytes(c) <= SHARED_MEMORY)
+        widths = problem["expand"].c, problem["reduce"].k
+        return tuple(c for c in _CHAINS[widths] if c.shared_bytes(*widths) <= SHARED_MEMORY)
 
     def counters(self, problem: Problem, config: ChainConfig) -> int:
         return 1
@@ -93,7 +97,7 @@ class HopperExpandReduce(HopperCandidate):
     def prepare(
         self, problem: Problem, config: ChainConfig, parameters: Mapping[str, LayerParameters]
     ) -> dict[str, Layer]:
-        if problem["expand"].c == 256:
+        if problem["reduce"].k == 256:
             return {
                 role: prepare_folded(parameters[role], problem.dtype, 64) for role in ("expand", "reduce")
             }
@@ -105,7 +109,7 @@ class HopperExpandReduce(HopperCandidate):
         from fastres.kernels.triton.hopper_expand_reduce import expand_reduce_kernel
 
         expand, reduce = problem["expand"], problem["reduce"]
-        rows, c, k = expand.n * expand.p * expand.q, expand.c, expand.k
+        rows, c, k, cy = expand.n * expand.p * expand.q, expand.c, expand.k, reduce.k
         tiles = -(-rows // 128)
         h, y = (memory(buffers[name]) for name in ("expand.x", "reduce"))
         z, out = (memory(buffers[name]) for name in ("expand.residual", "expand"))
@@ -114,13 +118,14 @@ class HopperExpandReduce(HopperCandidate):
             "h_desc": descriptor(h, [rows, c], [64, c]),
             "z_desc": descriptor(z, [rows, k], [64, 64]),
             "out_desc": descriptor(out, [rows, k], [64, 64]),
-            "y_desc": descriptor(y, [rows, c], [64, c]),
+            "y_desc": descriptor(y, [rows, cy], [64, cy]),
             "we_desc": descriptor(constants["expand"].weight, [k, c], [64, c]),
-            "wr_desc": descriptor(constants["reduce"].weight, [c, k], [c, 64]),
+            "wr_desc": descriptor(constants["reduce"].weight, [cy, k], [cy, 64]),
             **layer_arguments(expand, constants["expand"], "e"),
             **layer_arguments(reduce, constants["reduce"], "r"),
             "tiles": tiles,
             "C": c,
+            "CY": cy,
             "K": k,
             "SW": config.weight_stages,
             "SZ": config.residual_slots,

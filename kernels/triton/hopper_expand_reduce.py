@@ -1,13 +1,14 @@
 """Two 1x1 convolutions back to back, the wide tensor between them written and never read again:
 
     out = act(scale_e * h w_e^T + shift_e + z)        h [M, C], z and out [M, K]
-    y = act(scale_r * out w_r^T + shift_r)            y [M, C]
+    y = act(scale_r * out w_r^T + shift_r)            y [M, CY]
 
 Everything is pointwise, so pixels are rows. A tile is 128 rows: two consumer groups of 4 warps take 64
-each and share every weight stage (w_e [64, C] and w_r [C, 64] of a 64-channel chunk of out), which stream
+each and share every weight stage (w_e [64, C] and w_r [CY, 64] of a 64-channel chunk of out), which stream
 through the L2: they do not fit into shared memory. A chunk of out goes from accumulator to A operand
 within the registers; it is added in place in its residual's slot and leaves from there. Residual slots
-belong to one group each, so no turns are needed. y leaves from h's buffer.
+belong to one group each, so no turns are needed. y leaves from h's buffer where it is as wide (CY = C), else
+from one of its own.
 """
 
 from triton.experimental import gluon
@@ -78,8 +79,8 @@ def load_residual(
 
 @gluon.jit
 def store_results(
-    out_desc, y_desc, z_buf, h_buf, out_full, z_empty, y_full, h_empty, ticket, posted, taken, tiles,
-    CHUNKS: gl.constexpr, SZ: gl.constexpr, SH: gl.constexpr,
+    out_desc, y_desc, z_buf, y_buf, out_full, z_empty, y_full, y_empty, ticket, posted, taken, tiles,
+    CHUNKS: gl.constexpr, SZ: gl.constexpr, SY: gl.constexpr,
 ):  # fmt: skip
     """The store warp: gives a slot back when its store has read it."""
     step = 0
@@ -95,32 +96,32 @@ def store_results(
                 mbarrier.arrive(z_empty.index(g * SZ + (step + SZ - 1) % SZ), count=1, pred=c > 0)
             step += 1
         for g in gl.static_range(2):
-            slot = g * SH + k % SH
-            mbarrier.wait(y_full.index(slot), (k // SH) & 1)
-            tma.async_copy_shared_to_global(y_desc, [tile * 128 + g * 64, 0], h_buf.index(slot))
+            slot = g * SY + k % SY
+            mbarrier.wait(y_full.index(slot), (k // SY) & 1)
+            tma.async_copy_shared_to_global(y_desc, [tile * 128 + g * 64, 0], y_buf.index(slot))
         tma.store_wait(0)
         for g in gl.static_range(2):
             mbarrier.arrive(z_empty.index(g * SZ + (step + SZ - 1) % SZ), count=1)
-            mbarrier.arrive(h_empty.index(g * SH + k % SH), count=1)
+            mbarrier.arrive(y_empty.index(g * SY + k % SY), count=1)
         k += 1
         tile = claim(ticket, posted, taken, k, 1, SLOTS)
 
 
 @gluon.jit
 def consumer(
-    GROUP: gl.constexpr, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, z_buf, we_buf, wr_buf,
-    h_full, w_full, w_empty, z_full, out_full, y_full, ticket, posted, taken, tiles, C: gl.constexpr,
-    CHUNKS: gl.constexpr, SW: gl.constexpr, SZ: gl.constexpr, SH: gl.constexpr, ACT_E: gl.constexpr,
-    ACT_R: gl.constexpr,
+    GROUP: gl.constexpr, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, z_buf, y_buf, we_buf,
+    wr_buf, h_full, h_empty, w_full, w_empty, z_full, out_full, y_full, y_empty, ticket, posted, taken,
+    tiles, CY: gl.constexpr, OWN: gl.constexpr, SY: gl.constexpr, CHUNKS: gl.constexpr, SW: gl.constexpr,
+    SZ: gl.constexpr, SH: gl.constexpr, ACT_E: gl.constexpr, ACT_R: gl.constexpr,
 ):  # fmt: skip
     # At 256 channels the scales' registers would spill: the weights carry them there.
-    SCALED: gl.constexpr = C < 256
+    SCALED: gl.constexpr = CY < 256
     dtype: gl.constexpr = h_buf.dtype
     E: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    Y: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CY, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, Y, 2)
     o_e = gl.arange(0, 64, gl.SliceLayout(0, E))
-    o_r = gl.arange(0, C, gl.SliceLayout(0, Y))
+    o_r = gl.arange(0, CY, gl.SliceLayout(0, Y))
     step = 0
     k = 0
     tile = claim(ticket, posted, taken, k, 4, SLOTS)
@@ -128,7 +129,7 @@ def consumer(
         slot_h = GROUP * SH + k % SH
         h = h_buf.index(slot_h)
         mbarrier.wait(h_full.index(slot_h), (k // SH) & 1)
-        y = gl.zeros((64, C), gl.float32, Y)
+        y = gl.zeros((64, CY), gl.float32, Y)
         for c in range(CHUNKS):
             stage = step % SW
             mbarrier.wait(w_full.index(stage), (step // SW) & 1)
@@ -155,9 +156,13 @@ def consumer(
         if SCALED:
             y = y * gl.expand_dims(gl.load(scale_r + o_r), 0)
         y = y + gl.expand_dims(gl.load(shift_r + o_r), 0)
-        h.store(activate(y, ACT_R, slope_r).to(dtype))
+        slot_y = GROUP * SY + k % SY
+        if OWN:
+            mbarrier.arrive(h_empty.index(slot_h), count=1)
+            mbarrier.wait(y_empty.index(slot_y), ((k // SY) & 1) ^ 1)
+        y_buf.index(slot_y).store(activate(y, ACT_R, slope_r).to(dtype))
         fence_async_shared()
-        mbarrier.arrive(y_full.index(slot_h), count=1)
+        mbarrier.arrive(y_full.index(slot_y), count=1)
         k += 1
         tile = claim(ticket, posted, taken, k, 4, SLOTS)
 
@@ -165,23 +170,32 @@ def consumer(
 @gluon.jit(do_not_specialize=["tiles"])
 def expand_reduce_kernel(
     counter, h_desc, z_desc, out_desc, y_desc, we_desc, wr_desc, scale_e, shift_e, slope_e, scale_r,
-    shift_r, slope_r, tiles, C: gl.constexpr, K: gl.constexpr, SW: gl.constexpr, SZ: gl.constexpr,
-    SH: gl.constexpr, ACT_E: gl.constexpr, ACT_R: gl.constexpr, DYNAMIC: gl.constexpr,
+    shift_r, slope_r, tiles, C: gl.constexpr, CY: gl.constexpr, K: gl.constexpr, SW: gl.constexpr,
+    SZ: gl.constexpr, SH: gl.constexpr, ACT_E: gl.constexpr, ACT_R: gl.constexpr, DYNAMIC: gl.constexpr,
     CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """counter: int32 [1], zero. w_e [K, C], w_r [C, K]; K a multiple of 64, C one of 64, 128, 256; tiles =
-    ceil(M / 128).
-    At C = 256 w_e and w_r carry their scales.
-    Boxes: h, y [64, C]; z, out [64, 64]; w_e [64, C]; w_r [C, 64]. SZ at least 2."""
+    """counter: int32 [1], zero. w_e [K, C], w_r [CY, K]; K a multiple of 64, C and CY among 64, 128, 256;
+    tiles = ceil(M / 128). At CY = 256 w_e and w_r carry their scales.
+    Boxes: h [64, C]; y [64, CY]; z, out [64, 64]; w_e [64, C]; w_r [CY, 64]. SZ at least 2."""
     dtype: gl.constexpr = h_desc.dtype
     CHUNKS: gl.constexpr = K // 64
+    OWN: gl.constexpr = CY != C
+    SY: gl.constexpr = 1 if OWN else SH
     h_buf = gl.allocate_shared_memory(dtype, [2 * SH, 64, C], h_desc.layout)
     we_buf = gl.allocate_shared_memory(dtype, [SW, 64, C], we_desc.layout)
-    wr_buf = gl.allocate_shared_memory(dtype, [SW, C, 64], wr_desc.layout)
+    wr_buf = gl.allocate_shared_memory(dtype, [SW, CY, 64], wr_desc.layout)
     z_buf = gl.allocate_shared_memory(dtype, [2 * SZ, 64, 64], z_desc.layout)
     h_full = gl.allocate_shared_memory(gl.int64, [2 * SH, 1], mbarrier.MBarrierLayout())
     h_empty = gl.allocate_shared_memory(gl.int64, [2 * SH, 1], mbarrier.MBarrierLayout())
-    y_full = gl.allocate_shared_memory(gl.int64, [2 * SH, 1], mbarrier.MBarrierLayout())
+    y_full = gl.allocate_shared_memory(gl.int64, [2 * SY, 1], mbarrier.MBarrierLayout())
+    if OWN:
+        y_buf = gl.allocate_shared_memory(dtype, [2 * SY, 64, CY], y_desc.layout)
+        y_empty = gl.allocate_shared_memory(gl.int64, [2 * SY, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2 * SY):
+            mbarrier.init(y_empty.index(i), count=1)
+    else:
+        y_buf = h_buf
+        y_empty = h_empty
     w_full = gl.allocate_shared_memory(gl.int64, [SW, 1], mbarrier.MBarrierLayout())
     w_empty = gl.allocate_shared_memory(gl.int64, [SW, 1], mbarrier.MBarrierLayout())
     z_full = gl.allocate_shared_memory(gl.int64, [2 * SZ, 1], mbarrier.MBarrierLayout())
@@ -193,6 +207,7 @@ def expand_reduce_kernel(
     for i in gl.static_range(2 * SH):
         mbarrier.init(h_full.index(i), count=1)
         mbarrier.init(h_empty.index(i), count=1)
+    for i in gl.static_range(2 * SY):
         mbarrier.init(y_full.index(i), count=1)
     for i in gl.static_range(SW):
         mbarrier.init(w_full.index(i), count=1)
@@ -207,17 +222,17 @@ def expand_reduce_kernel(
     fence_async_shared()
     # fmt: off
     gl.warp_specialize([
-        (consumer, (0, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, z_buf, we_buf, wr_buf,
-            h_full, w_full, w_empty, z_full, out_full, y_full, ticket, posted, taken, tiles, C, CHUNKS, SW,
-            SZ, SH, ACT_E, ACT_R)),
-        (consumer, (1, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, z_buf, we_buf, wr_buf,
-            h_full, w_full, w_empty, z_full, out_full, y_full, ticket, posted, taken, tiles, C, CHUNKS, SW,
-            SZ, SH, ACT_E, ACT_R)),
+        (consumer, (0, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, z_buf, y_buf, we_buf,
+            wr_buf, h_full, h_empty, w_full, w_empty, z_full, out_full, y_full, y_empty, ticket, posted,
+            taken, tiles, CY, OWN, SY, CHUNKS, SW, SZ, SH, ACT_E, ACT_R)),
+        (consumer, (1, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, z_buf, y_buf, we_buf,
+            wr_buf, h_full, h_empty, w_full, w_empty, z_full, out_full, y_full, y_empty, ticket, posted,
+            taken, tiles, CY, OWN, SY, CHUNKS, SW, SZ, SH, ACT_E, ACT_R)),
         (load_weights, (h_desc, we_desc, wr_desc, h_buf, we_buf, wr_buf, h_full, h_empty, w_full, w_empty,
             ticket, posted, taken, tiles, CHUNKS, SW, SH)),
         (load_residual, (z_desc, z_buf, z_full, z_empty, ticket, posted, taken, tiles, CHUNKS, SZ)),
-        (store_results, (out_desc, y_desc, z_buf, h_buf, out_full, z_empty, y_full, h_empty, ticket, posted,
-            taken, tiles, CHUNKS, SZ, SH)),
+        (store_results, (out_desc, y_desc, z_buf, y_buf, out_full, z_empty, y_full, y_empty, ticket, posted,
+            taken, tiles, CHUNKS, SZ, SY)),
         (schedule, (counter, ticket, posted, taken, tiles, 1, 1, DYNAMIC, SLOTS)),
     ], [4, 1, 1, 1, 1], [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS])
     # fmt: on

@@ -158,16 +158,17 @@ def test_dual_passes_on_an_activation_of_its_own(machine):
     check(machine, "hopper.dual", dual(1, 64, 64, 8, 8, 64, 1, IDENTITY))
 
 
-def expand_reduce(n, c, h, w, k, act=RELU):
+def expand_reduce(n, c, h, w, k, act=RELU, reduced=None):
     expand = ConvSpec(n, c, h, w, k, (1, 1), act=act, residual=True)
-    return problem_of(EXPAND_REDUCE, BF16, expand=expand, reduce=ConvSpec(n, k, h, w, c, (1, 1), act=act))
+    reduce = ConvSpec(n, k, h, w, reduced or c, (1, 1), act=act)
+    return problem_of(EXPAND_REDUCE, BF16, expand=expand, reduce=reduce)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("c", [64, 128, 256])
-def test_expand_reduce_is_exact_on_whole_numbers(machine, c, seed):
+@pytest.mark.parametrize(("c", "reduced"), [(64, 64), (128, 128), (256, 256), (64, 128), (128, 256)])
+def test_expand_reduce_is_exact_on_whole_numbers(machine, c, reduced, seed):
     machine.seed = 100 * seed
-    problem = expand_reduce(5, c, 11, 13, 4 * c)
+    problem = expand_reduce(5, c, 11, 13, 4 * c, reduced=reduced)
     for config in REGISTRY["hopper.expand_reduce"].configs(problem, H100):
         check(machine, "hopper.expand_reduce", problem, config)
 
