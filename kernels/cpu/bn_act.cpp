@@ -19,7 +19,8 @@ void bn_act(const Tensor& x, const Optional& residual, const Tensor& scale, cons
     const T *px = data<T>(x), *pr = data<T>(residual);
     T* po = mutable_data<T>(out);
     ChannelTable<A, 2> table(d);
-    for (int64_t c = 0; c < d.c; ++c) table.set(c, {data<A>(scale)[c], data<A>(shift)[c]});
+    const A *k = data<A>(scale), *b = data<A>(shift);
+    for (int64_t c = 0; c < d.c; ++c) table.set(c, {k[c], b[c]});
     const A param = static_cast<A>(act_param);
     dispatch_activation(act, [&](auto code) {
       map_channels<T>(d, table, [=](int64_t i, const auto& numbers, auto lanes) {

@@ -27,6 +27,14 @@ struct Inputs {
   }
 };
 
+// A channel's numbers: z = x * scale + shift. The pointers are fetched once, each costs a call into LibTorch.
+template <class A>
+struct Channel {
+  const A *mean, *invstd, *weight, *bias;
+  A scale(int64_t c) const { return (weight ? weight[c] : A{1}) * invstd[c]; }
+  A shift(int64_t c) const { return (bias ? bias[c] : A{0}) - mean[c] * scale(c); }
+};
+
 // What both passes take, checked.
 struct Arguments {
   Dense d;
@@ -54,14 +62,9 @@ struct Arguments {
     return {data<T>(grad), data<T>(x), data<T>(residual), data<T>(out), act, static_cast<Acc<T>>(param)};
   }
 
-  // z = x * scale + shift
   template <class A>
-  A scale(int64_t c) const {
-    return (weight ? data<A>(weight)[c] : A{1}) * data<A>(invstd)[c];
-  }
-  template <class A>
-  A shift(int64_t c) const {
-    return (bias ? data<A>(bias)[c] : A{0}) - data<A>(mean)[c] * scale<A>(c);
+  Channel<A> channel() const {
+    return {data<A>(mean), data<A>(invstd), data<A>(weight), data<A>(bias)};
   }
 
   template <class F>
@@ -165,15 +168,17 @@ void bn_act_backward_reduce(const Tensor& grad, const Tensor& x, const Optional&
     using T = decltype(t);
     using A = Acc<T>;
     ChannelTable<A, 3> table(a.d);
-    for (int64_t c = 0; c < a.d.c; ++c) table.set(c, {data<A>(mean)[c], a.scale<A>(c), a.shift<A>(c)});
+    const Channel<A> k = a.channel<A>();
+    for (int64_t c = 0; c < a.d.c; ++c) table.set(c, {k.mean[c], k.scale(c), k.shift(c)});
     auto sums = std::make_unique<double[]>(2 * a.d.c);
     const Sums total{sums.get(), sums.get() + a.d.c};
     a.dispatch_act([&](auto code) {
       (a.d.nhwc ? reduce_rows<T, code()> : reduce_planes<T, code()>)(a, a.inputs<T>(), table, total);
     });
+    A *dy = mutable_data<A>(sum_dy), *dy_xhat = mutable_data<A>(sum_dy_xhat);
     for (int64_t c = 0; c < a.d.c; ++c) {
-      mutable_data<A>(sum_dy)[c] = static_cast<A>(total.dy[c]);
-      mutable_data<A>(sum_dy_xhat)[c] = static_cast<A>(total.dy_x[c] * data<A>(invstd)[c]);
+      dy[c] = static_cast<A>(total.dy[c]);
+      dy_xhat[c] = static_cast<A>(total.dy_x[c] * k.invstd[c]);
     }
   });
 }
@@ -195,11 +200,11 @@ void bn_act_backward(const Tensor& grad, const Tensor& x, const Optional& residu
     using T = decltype(t);
     using A = Acc<T>;
     ChannelTable<A, 5> table(a.d);
+    const Channel<A> channel = a.channel<A>();
+    const A *dy = data<A>(mean_dy), *dy_xhat = data<A>(mean_dy_xhat);
     for (int64_t c = 0; c < a.d.c; ++c) {
-      const A scale = a.scale<A>(c);
-      const A dy = mean_dy ? data<A>(mean_dy)[c] : A{0};
-      const A dy_xhat = mean_dy ? data<A>(mean_dy_xhat)[c] * data<A>(invstd)[c] : A{0};
-      table.set(c, {data<A>(mean)[c], scale, a.shift<A>(c), dy, dy_xhat});
+      table.set(c, {channel.mean[c], channel.scale(c), channel.shift(c), dy ? dy[c] : A{0},
+                    dy ? dy_xhat[c] * channel.invstd[c] : A{0}});
     }
     const Inputs<T> in = a.inputs<T>();
     T *gx = mutable_data<T>(grad_x), *gr = mutable_data<T>(grad_residual);
