@@ -15,6 +15,7 @@ from fastres.backends.triton_hopper_common import (
     multiprocessors,
     prepare_folded,
     prepare_layers,
+    steps_ms,
     unfit_layer,
 )
 from fastres.graph.fold import LayerParameters
@@ -90,6 +91,12 @@ class HopperExpandReduce(HopperCandidate):
     def configs(self, problem: Problem, target: Target) -> Sequence[ChainConfig]:
         widths = problem["expand"].c, problem["reduce"].k
         return tuple(c for c in _CHAINS[widths] if c.shared_bytes(*widths) <= SHARED_MEMORY)
+
+    def busiest_ms(self, problem: Problem, target: Target) -> float:
+        expand, reduce = problem["expand"], problem["reduce"]
+        products = 128 * 64 * (expand.c + reduce.k)
+        tiles = -(-expand.n * expand.p * expand.q // 128)
+        return steps_ms(tiles, expand.k // 64, products, problem, target)
 
     def counters(self, problem: Problem, config: ChainConfig) -> int:
         return 1

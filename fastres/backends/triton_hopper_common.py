@@ -61,6 +61,15 @@ class HopperCandidate(Candidate):
         return self.call(problem, config, buffers, constants)
 
 
+def steps_ms(
+    tiles: int, steps: int, products: int, problem: Problem, target: Target, per_sm: int = 1
+) -> float:
+    """`tiles` shared among all blocks, each of `steps` ring steps of `products` multiply-adds; a step of
+    TMA and barriers takes 0.2 us at least (an assumption: 128 x 64 products of 64 take that)."""
+    rate = dict(target.flops)[dtype_name(problem.dtype)] / target.sms
+    return -(-tiles // (target.sms * per_sm)) * steps * max(2e3 * products * per_sm / rate, 2e-4)
+
+
 def unfit(problem: Problem, target: Target) -> str | None:
     if target.kind != "cuda":
         return f"needs a CUDA device, this is {target.kind}"

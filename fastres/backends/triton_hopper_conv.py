@@ -16,6 +16,7 @@ from fastres.backends.triton_hopper_common import (
     multiprocessors,
     prepare_folded,
     prepare_layer,
+    steps_ms,
     unfit_layer,
 )
 from fastres.graph.fold import LayerParameters
@@ -223,6 +224,11 @@ class HopperConv(HopperCandidate):
         choices = dict.fromkeys((picked, _default(spec), *_SWEEP))
         return tuple(config for config in choices if _fits(spec, config))
 
+    def busiest_ms(self, problem: Problem, target: Target) -> float:
+        spec, config = problem["conv"], self.configs(problem, target)[0]
+        taps = spec.kernel[0] * spec.kernel[1]
+        return _busiest_ms(problem, target, spec, spec.k, config, taps * -(-spec.c // _slab(spec.c)))
+
     def counters(self, problem: Problem, config: GemmConfig) -> int:
         return -(-problem["conv"].k // config.block_n) if config.stationary else 1
 
@@ -292,6 +298,12 @@ def _default(spec: ConvSpec) -> GemmConfig:
     return _PING_PONG
 
 
+def _busiest_ms(problem, target, spec: ConvSpec, k: int, config: GemmConfig, steps: int) -> float:
+    tiles = _tiling(spec, config).tiles * -(-k // config.block_n)
+    products = config.block_m * config.block_n * _slab(spec.c)
+    return steps_ms(tiles, steps, products, problem, target, config.per_sm)
+
+
 def _fits(spec: ConvSpec, config: GemmConfig) -> bool:
     taps = spec.kernel[0] * spec.kernel[1]
     if config.shared_bytes(taps, spec.c, _slab(spec.c)) > SHARED_MEMORY // config.per_sm:
@@ -331,6 +343,11 @@ class HopperDual(HopperCandidate):
         small = GemmConfig(64, 64, stages=6, staged=2)
         choices = (*first, GemmConfig(64, 256, stages=3), tall, small)
         return tuple(config for config in choices if _fits(problem["expand"], config))
+
+    def busiest_ms(self, problem: Problem, target: Target) -> float:
+        shortcut, expand = problem["shortcut"], problem["expand"]
+        steps = (shortcut.c + expand.c) // 64
+        return _busiest_ms(problem, target, shortcut, expand.k, self.configs(problem, target)[0], steps)
 
     def counters(self, problem: Problem, config: GemmConfig) -> int:
         return 1

@@ -62,17 +62,32 @@ def test_an_exact_shipped_entry_comes_before_the_users_nearest_batch(shipped, us
     assert table.lookup("x.conv", problem(32), TARGET, user=user).kind == "measured"
 
 
-def test_the_nearest_batch_of_the_identical_layer_is_scaled_in_proportion(shipped, user):
-    put(shipped, {problem(256).key: raw(8.0, block=1), problem(16).key: raw(1.0, block=2)})
+def test_a_time_is_carried_over_along_the_line_through_two_batches(shipped, user):
+    put(shipped, {problem(256).key: raw(8.0, block=1), problem(16).key: raw(0.8, block=2)})
     entry = table.lookup("x.conv", problem(32), TARGET, user=user)
-    assert (entry.kind, entry.batch, entry.config, entry.ms) == ("nearest", 16, {"block": 2}, 2.0)
-    assert table.lookup("x.conv", problem(512), TARGET, user=user).ms == 16.0
+    assert (entry.kind, entry.batch, entry.config) == ("nearest", 16, {"block": 2})
+    assert entry.ms == pytest.approx(0.8 + 16 * 7.2 / 240)
+    assert table.lookup("x.conv", problem(512), TARGET, user=user).ms == pytest.approx(8.0 + 256 * 7.2 / 240)
+    assert table.lookup("x.conv", problem(1), TARGET, user=user).ms == pytest.approx(0.8 - 15 * 7.2 / 240)
+
+
+def test_one_measured_batch_is_scaled_but_for_what_every_kernel_takes(shipped, user):
+    put(shipped, {problem(256).key: raw(0.256 + 5e-3)})
+    assert table.lookup("x.conv", problem(512), TARGET, user=user).ms == pytest.approx(0.512 + 5e-3)
+    assert table.lookup("x.conv", problem(1), TARGET, user=user).ms == pytest.approx(0.001 + 5e-3)
+
+
+def test_noise_never_makes_a_larger_batch_faster_or_a_time_negative(shipped, user):
+    put(shipped, {problem(64).key: raw(1.0), problem(256).key: raw(0.9)})
+    assert table.lookup("x.conv", problem(512), TARGET, user=user).ms >= 0.9
+    put(shipped, {problem(64).key: raw(1.0), problem(128).key: raw(4.0)})
+    assert table.lookup("x.conv", problem(1), TARGET, user=user).ms > 0
 
 
 def test_a_scaled_time_stays_above_the_floor(shipped, user):
     put(shipped, {problem(256).key: raw(1e-6)})
-    floor = TARGET.floor_ms(problem(1))
-    assert table.lookup("x.conv", problem(1), TARGET, user=user).ms == floor > 0
+    floor = TARGET.floor_ms(problem(128))
+    assert table.lookup("x.conv", problem(128), TARGET, user=user).ms == floor > 0
 
 
 @pytest.mark.parametrize("other", [{"c": 128}, {"k": 64}, {"dtype": torch.float16}])
@@ -93,7 +108,8 @@ def test_a_prototypes_time_counts_only_where_nothing_is_measured(shipped, user):
     assert (entry.kind, entry.ms) == ("prototype", 0.1)
     put(user, {problem(64).key: raw(4.0, block=2)})
     entry = table.lookup("x.conv", problem(), TARGET, user=user)
-    assert (entry.kind, entry.ms) == ("nearest", 2.0)
+    assert (entry.kind, entry.config) == ("nearest", {"block": 2})
+    assert entry.ms == pytest.approx(2.0, rel=0.01)
 
 
 def test_writing_sorts_merges_and_is_reproducible(user):

@@ -9,6 +9,7 @@ deadlocks and races of threads with TMA and wgmma; it cannot cover layouts insid
 import inspect
 import random
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -272,6 +273,30 @@ def test_random_convolutions_in_random_configurations(machine, seed):
         problem = conv_problem(rng.randint(1, 9), c, h, w, 8 * rng.randint(1, 24), kernel, BF16, **fields)
         check(machine, candidate.name, problem, rng.choice(candidate.configs(problem, H100)))
         machine.runs.clear()
+
+
+@pytest.mark.parametrize("candidate", HOPPER, ids=str)
+@pytest.mark.parametrize("n", [1, 32, 256])
+def test_estimates_lie_between_the_floor_and_four_times_what_few_tiles_excuse(candidate, n):
+    """An estimate only ranks, but it may not promise what no Hopper can do, nor scare the planner away."""
+    for problem in network_problems(candidate.pattern, ("resnet50",), n=n):
+        if candidate.accepts(problem, H100) is None:
+            floor, estimate = H100.floor_ms(problem), candidate.estimate_ms(problem, H100)
+            assert floor < estimate < 4 * floor + 0.04, problem
+
+
+@pytest.mark.parametrize("candidate", HOPPER, ids=str)
+def test_a_reason_is_given_for_other_devices_types_and_versions(candidate):
+    problem = next(
+        problem
+        for problem in network_problems(candidate.pattern, ("resnet50",))
+        if candidate.accepts(problem, H100) is None
+    )
+    assert "Triton" in candidate.accepts(problem, replace(H100, triton=None))
+    assert "3.6" in candidate.accepts(problem, replace(H100, triton=(3, 5)))
+    assert "9.0" in candidate.accepts(problem, replace(H100, arch="sm80"))
+    assert "CUDA" in candidate.accepts(problem, replace(H100, kind="cpu", arch="cpu"))
+    assert "fp32" in candidate.accepts(replace(problem, dtype=torch.float32), H100)
 
 
 def _without(function, old, new):
