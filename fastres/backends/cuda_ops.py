@@ -38,11 +38,13 @@ _SCHEMAS = (
     "Tensor? workspace, Tensor? counters, int[] geometry, int act, float act_param, int block_m, int block_n, "
     "int splits, Tensor(a!) record) -> ()",
     "sm90_conv_latency(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out, "
-    "int[] geometry, int act, float act_param, int pixels, int cluster, Tensor(a!) record) -> ()",
+    "int[] geometry, int act, float act_param, Tensor? second, int[] second_stride, int pixels, int cluster, "
+    "Tensor(a!) record) -> ()",
     # conv, expand, reduce: (scale, shift) by channel, [C, 2].
     "sm90_shifted_block(Tensor x, Tensor conv_weight, Tensor conv, Tensor expand_weight, Tensor expand, "
     "Tensor? reduce_weight, Tensor? reduce, Tensor residual, Tensor out, Tensor? next, Tensor counter, "
     "Tensor(a!) record) -> ()",
+    "any_max_pool(Tensor x, Tensor out, int[] window, Tensor(a!) record) -> ()",
     "any_pool_linear(Tensor x, Tensor weight, Tensor? bias, Tensor out, Tensor workspace, Tensor counters, "
     "Tensor(a!) record) -> ()",
 )

@@ -1,4 +1,5 @@
 // torch.ops.fastres_cuda: records of the kernels that plans are made of.
+#include "any_max_pool.h"
 #include "any_pool_linear.h"
 #include "conv.h"
 #include "shifted_block.h"
@@ -69,9 +70,10 @@ ConvShape conv_shape(const Tensor& x, const Tensor& out, Ints geometry) {
   return v;
 }
 
-// Everything but the tiles.
+// Everything but the tiles. `more`: channels of a second input, whose weights follow at a multiple of 64.
 ConvBnAct conv_arguments(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
-                         const Optional& residual, const Tensor& out, Ints geometry, int64_t act, double act_param) {
+                         const Optional& residual, const Tensor& out, Ints geometry, int64_t act, double act_param,
+                         int64_t more = 0) {
   check_device(x, "x");
   check_nhwc(x, "x");
   check_same_device(out, x, "out");
@@ -83,7 +85,7 @@ ConvBnAct conv_arguments(const Tensor& x, const Tensor& weight, const Tensor& sc
   p.shape = conv_shape(x, out, geometry);
   FASTRES_CHECK(x.numel() > 0 && out.numel() > 0, "x and out must not be empty");
   FASTRES_CHECK(act >= 0 && act < 8, "act is ", act, ", expected a code from 0 to 7");
-  const int64_t row = round_up(p.shape.depth(), type == Type::kFp32 ? 4 : 8);
+  const int64_t row = more ? round_up(p.shape.depth(), 64) + more : round_up(p.shape.depth(), type == Type::kFp32 ? 4 : 8);
   check_same_device(weight, x, "weight");
   FASTRES_CHECK_TYPE(type_of(weight, "weight") == type, "weight differs from x in type");
   check_shape(weight, {p.shape.k, row}, "weight");
@@ -103,18 +105,14 @@ ConvBnAct conv_arguments(const Tensor& x, const Tensor& weight, const Tensor& sc
   return p;
 }
 
-void check_splits(const ConvShape& shape, int64_t splits, int step, const char* name) {
-  const int64_t steps = ceil_div(shape.depth(), step);
-  FASTRES_CHECK(splits >= 1 && splits <= steps, name, " is ", splits, ", expected 1 to ", steps);
-}
-
 void sm80_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
                       const Optional& residual, const Tensor& out, const Optional& workspace, const Optional& counters,
                       Ints geometry, int64_t act, double act_param, int64_t block_m, int64_t block_n, int64_t splits,
                       const Tensor& record) {
   ConvBnAct p = conv_arguments(x, weight, scale, shift, residual, out, geometry, act, act_param);
   const Type type = type_of(x, "x");
-  check_splits(p.shape, splits, type == Type::kFp32 ? 16 : 32, "splits");
+  const int64_t steps = ceil_div(p.shape.depth(), type == Type::kFp32 ? 16 : 32);
+  FASTRES_CHECK(splits >= 1 && splits <= steps, "splits is ", splits, ", expected 1 to ", steps);
   FASTRES_CHECK(block_m > 0 && block_n > 0, "block_m and block_n must be positive");
   const int m = static_cast<int>(block_m), n = static_cast<int>(block_n), parts = static_cast<int>(splits);
   const ConvTiles tiles = ConvTiles::of(p.shape, m, n, parts);
@@ -128,11 +126,27 @@ void sm80_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale
   finish_record(x, record, [&] { return sm80_conv_record(p, type, m, n, parts); });
 }
 
+// second [N, C2, H2, W2]: a tensor that a 1x1 convolution of stride `second_stride` adds, or none.
 void sm90_conv_latency(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
                        const Optional& residual, const Tensor& out, Ints geometry, int64_t act, double act_param,
-                       int64_t pixels, int64_t cluster, const Tensor& record) {
-  const ConvBnAct p = conv_arguments(x, weight, scale, shift, residual, out, geometry, act, act_param);
-  check_splits(p.shape, cluster, 64, "cluster");
+                       const Optional& second, Ints second_stride, int64_t pixels, int64_t cluster,
+                       const Tensor& record) {
+  LatencyConv p{};
+  int64_t more = 0;
+  if (second) {
+    check_same_device(*second, x, "second");
+    check_nhwc(*second, "second");
+    FASTRES_CHECK_TYPE(second->scalar_type() == x.scalar_type(), "second differs from x in type");
+    FASTRES_CHECK(second_stride.size() == 2, "second_stride has ", second_stride.size(), " numbers, expected 2");
+    const int64_t one[] = {1, 1, second_stride[0], second_stride[1], 0, 0, 1, 1, 1};
+    p.second_shape = conv_shape(*second, out, Ints(one, 9));
+    p.second = pointer(*second);
+    more = p.second_shape.c;
+  }
+  p.conv = conv_arguments(x, weight, scale, shift, residual, out, geometry, act, act_param, more);
+  FASTRES_CHECK(!second || p.conv.shape.groups == 1, "second: takes one group, there are ", p.conv.shape.groups);
+  const int64_t steps = ceil_div(p.conv.shape.depth(), 64) + ceil_div(more, 64);
+  FASTRES_CHECK(cluster >= 1 && cluster <= steps, "cluster is ", cluster, ", expected 1 to ", steps);
   finish_record(x, record, [&] {
     return sm90_conv_latency_record(p, type_of(x, "x"), static_cast<int>(pixels), static_cast<int>(cluster));
   });
@@ -196,6 +210,32 @@ void sm90_shifted_block(const Tensor& x, const Tensor& conv_weight, const Tensor
   finish_record(x, record, [&] { return shifted_block_record(t, type); });
 }
 
+// window: height and width, stride, padding, dilation (height, width each).
+void any_max_pool(const Tensor& x, const Tensor& out, Ints window, const Tensor& record) {
+  check_device(x, "x");
+  check_nhwc(x, "x");
+  check_same_device(out, x, "out");
+  check_nhwc(out, "out");
+  const Type type = type_of(x, "x");
+  FASTRES_CHECK_TYPE(type_of(out, "out") == type, "out differs from x in type");
+  FASTRES_CHECK(window.size() == 8, "window has ", window.size(), " numbers, expected 8");
+  for (size_t i = 0; i < 8; ++i)
+    FASTRES_CHECK(window[i] >= (i == 4 || i == 5 ? 0 : 1) && window[i] < 1 << 15, "window[", i, "] is ", window[i]);
+  FASTRES_CHECK(x.numel() > 0 && out.numel() > 0, "x and out must not be empty");
+  FASTRES_CHECK(out.size(0) == x.size(0) && out.size(1) == x.size(1), "out has the shape ", shape_of(out.sizes()),
+                ", x ", shape_of(x.sizes()));
+  const auto g = [&](int i) { return static_cast<int>(window[i]); };
+  MaxPool p{pointer(x), pointer(out), out.size(0) * out.size(2) * out.size(3)};
+  p.h = static_cast<int>(x.size(2)), p.w = static_cast<int>(x.size(3)), p.c = static_cast<int>(x.size(1));
+  p.p = static_cast<int>(out.size(2)), p.q = static_cast<int>(out.size(3));
+  p.r = g(0), p.s = g(1), p.stride_h = g(2), p.stride_w = g(3), p.pad_h = g(4), p.pad_w = g(5);
+  p.dilation_h = g(6), p.dilation_w = g(7);
+  // A window that lies in the padding altogether has no maximum; PyTorch allows none.
+  FASTRES_CHECK((p.p - 1) * p.stride_h - p.pad_h < p.h && (p.q - 1) * p.stride_w - p.pad_w < p.w,
+                "out has the shape ", shape_of(out.sizes()), ": its last window starts outside of x");
+  finish_record(x, record, [&] { return max_pool_record(p, type); });
+}
+
 void any_pool_linear(const Tensor& x, const Tensor& weight, const Optional& bias, const Tensor& out,
                      const Tensor& workspace, const Tensor& counters, const Tensor& record) {
   check_device(x, "x");
@@ -234,5 +274,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastres_cuda, CompositeExplicitAutograd, m) {
   m.impl("sm80_conv_bn_act", TORCH_BOX(&fastres::sm80_conv_bn_act));
   m.impl("sm90_conv_latency", TORCH_BOX(&fastres::sm90_conv_latency));
   m.impl("sm90_shifted_block", TORCH_BOX(&fastres::sm90_shifted_block));
+  m.impl("any_max_pool", TORCH_BOX(&fastres::any_max_pool));
   m.impl("any_pool_linear", TORCH_BOX(&fastres::any_pool_linear));
 }

@@ -3,7 +3,8 @@
 // Filters are wgmma's M (64), pixels its N (32 or 64), so that 49 or 196 pixels still make full products. The depth is
 // divided among the blocks of a cluster, and each block adds the parts of its share of the pixels, in order, through
 // distributed shared memory. A block's filters are on their way before the layer in front of this one has ended.
-// x [N, H, W, C], weights [K, R, S, C / groups], bf16 or fp16.
+// x [N, H, W, C], weights [K, R, S, C / groups], bf16 or fp16. The dual form adds a projection shortcut: its channels
+// are more depth.
 #include "conv.h"
 #include "epilogue.cuh"
 #include "ptx_sm90.cuh"
@@ -22,8 +23,10 @@ constexpr int latency_shared_bytes(int pixels) { return kStages * stage_bytes(pi
 static_assert(64 * kTileStride * 4 <= latency_shared_bytes(64) && 32 * kTileStride * 4 <= latency_shared_bytes(32),
               "the tile of sums takes the ring's place");
 
-template <class T, int kPixels>
-__global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __grid_constant__ ConvBnAct p) {
+template <class T, int kPixels, bool kDual>
+__global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __grid_constant__ LatencyConv parameters) {
+  const ConvBnAct& p = parameters.conv;
+  const ConvShape& second_shape = parameters.second_shape;
   constexpr int V = 8;
   constexpr int kRowsAtOnce = kThreads / 8;  // eight threads copy a row's eight chunks
   constexpr int kRowsA = kFilters / kRowsAtOnce, kRowsB = kPixels / kRowsAtOnce;
@@ -33,11 +36,14 @@ __global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __gri
   // tiles.splits is the cluster's size, and the parts of a tile are its blocks.
   const ConvTile at = ConvTile::of(p.tiles, static_cast<int>(blockIdx.x));
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const Range steps = part_of(static_cast<int>(ceil_div(shape.depth(), kDepth)), at.split, p.tiles.splits);
+  const int first_steps = static_cast<int>(ceil_div(shape.depth(), kDepth));
+  const int second_steps = kDual ? static_cast<int>(ceil_div(second_shape.c, kDepth)) : 0;
+  const Range steps = part_of(first_steps + second_steps, at.split, p.tiles.splits);
   const int count = steps.end - steps.begin;
 
   const int chunk = thread % 8, first_row = thread / 8;
   const T* pixel[kRowsB];
+  const T* second[kDual ? kRowsB : 1];
   int row[kRowsB], column[kRowsB];
 #pragma unroll
   for (int i = 0; i < kRowsB; ++i) {
@@ -47,6 +53,9 @@ __global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __gri
     pixel[i] = static_cast<const T*>(p.x) + window.offset * shape.c + at.group * shape.group_c();
     row[i] = inside ? window.row : -(1 << 29);
     column[i] = window.column;
+    if constexpr (kDual)
+      second[i] = static_cast<const T*>(parameters.second) +
+                  window_of(second_shape, inside ? m : 0).offset * second_shape.c + chunk * V;
   }
   const T* filter = static_cast<const T*>(p.weight) +
                     (static_cast<int64_t>(at.group) * shape.group_k() + at.first_filter + first_row) * p.weight_row;
@@ -67,6 +76,18 @@ __global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __gri
   // In the order of steps: the tap walks along.
   const auto copy_pixels = [&](int step) {
     const uint32_t to = ring + step % kStages * stage_bytes(kPixels) + kFilters * kSwizzleRow;
+    if constexpr (kDual) {
+      const int begin = (steps.begin + step - first_steps) * kDepth;
+      if (begin >= 0) {
+#pragma unroll
+        for (int i = 0; i < kRowsB; ++i) {
+          const bool valid = row[i] > -(1 << 28) && begin + chunk * V < second_shape.c;
+          ptx::copy_async_16(to + swizzle_128(first_row + i * kRowsAtOnce, chunk), valid ? second[i] + begin : p.x,
+                             valid);
+        }
+        return;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kRowsB; ++i) {
       const bool valid = tap.valid(shape, row[i], column[i]);
@@ -156,22 +177,25 @@ __global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __gri
 }
 
 template <class T>
-Record typed(const ConvBnAct& p) {
-  const ConvTiles& t = p.tiles;
+Record typed(const LatencyConv& p) {
+  const ConvTiles& t = p.conv.tiles;
   const Shape shape{dim3(static_cast<unsigned>(t.blocks())), kThreads,
                     static_cast<unsigned>(latency_shared_bytes(t.block_m)), static_cast<unsigned>(t.splits)};
-  return make_record(t.block_m == 32 ? sm90_conv_latency_kernel<T, 32> : sm90_conv_latency_kernel<T, 64>, shape, p,
-                     "sm90_conv_latency");
+  if (p.second)
+    return make_record(t.block_m == 32 ? sm90_conv_latency_kernel<T, 32, true> : sm90_conv_latency_kernel<T, 64, true>,
+                       shape, p, "sm90_conv_latency, dual");
+  return make_record(t.block_m == 32 ? sm90_conv_latency_kernel<T, 32, false> : sm90_conv_latency_kernel<T, 64, false>,
+                     shape, p, "sm90_conv_latency");
 }
 
 }  // namespace
 
-Record sm90_conv_latency_record(ConvBnAct p, Type type, int pixels, int cluster) {
+Record sm90_conv_latency_record(LatencyConv p, Type type, int pixels, int cluster) {
   if (pixels != 32 && pixels != 64) throw std::invalid_argument("tile: 32 and 64 pixels are taken");
   if (cluster != 1 && cluster != 2 && cluster != 4 && cluster != 8)
     throw std::invalid_argument("cluster: 1, 2, 4 and 8 blocks are taken");
-  if (p.shape.group_c() % 8) throw std::invalid_argument("a group's channels must be a multiple of 8");
-  p.tiles = ConvTiles::of(p.shape, pixels, kFilters, cluster);
+  if (p.conv.shape.group_c() % 8 || (p.second && p.second_shape.c % 8)) throw std::invalid_argument("a group's channels must be a multiple of 8");
+  p.conv.tiles = ConvTiles::of(p.conv.shape, pixels, kFilters, cluster);
   switch (type) {
     case Type::kBf16: return typed<bf16>(p);
     case Type::kFp16: return typed<fp16>(p);

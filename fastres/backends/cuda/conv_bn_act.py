@@ -1,4 +1,4 @@
-"""Convolutions with BN, residual and activation: any, on Ampere and newer; small batches, on Hopper."""
+"""cuda.sm80_conv_bn_act: any convolution with BN, residual and activation, on Ampere and newer."""
 
 from __future__ import annotations
 
@@ -143,64 +143,3 @@ class Sm80ConvBnAct(CudaCandidate):
 
 
 register(Sm80ConvBnAct())
-
-
-@dataclass(frozen=True)
-class LatencyConfig(Config):
-    """A block computes 64 filters by `pixels`; `cluster` blocks divide the depth among them."""
-
-    pixels: int
-    cluster: int
-
-
-class Sm90ConvLatency(CudaCandidate):
-    name = "cuda.sm90_conv_latency"
-    pattern = CONV_BN_ACT
-    source = "kernels/cuda/sm90_conv_latency.cu"
-    capability = 90
-
-    def refuses(self, problem: Problem, target: Target) -> str | None:
-        spec = problem["conv"]
-        if spec.n > 16:
-            return f"for batches up to 16, this is {spec.n}"
-        if spec.c // spec.groups * merged_groups(spec) % 8:
-            return f"{spec.c // spec.groups} channels a group do not fill 16 bytes"
-        return None
-
-    def configs(self, problem: Problem, target: Target) -> Sequence[LatencyConfig]:
-        """By a model of the time, in clocks: waves of blocks (an SM holds one of 64 pixels, or two of 32),
-        each 300 a step of 64 elements of depth, 2,000 for start and epilogue, 1,000 for the cluster.
-        Unmeasured."""
-        spec = problem["conv"]
-        groups = spec.groups // merged_groups(spec)
-        steps = ceil_div(spec.c // groups * spec.kernel[0] * spec.kernel[1], 64)
-        found = []
-        for pixels, resident in ((64, 1), (32, 2)):
-            tiles = ceil_div(spec.n * spec.p * spec.q, pixels) * ceil_div(spec.k // groups, 64) * groups
-            for cluster in (1, 2, 4, 8):
-                if cluster > steps:
-                    break
-                waves = ceil_div(tiles * cluster, target.sms * resident)
-                clocks = waves * (2000 + 300 * ceil_div(steps, cluster)) + (1000 if cluster > 1 else 0)
-                found.append((clocks, LatencyConfig(pixels, cluster)))
-        return tuple(config for _, config in sorted(found, key=lambda pair: pair[0]))
-
-    prepare = Sm80ConvBnAct.prepare
-
-    def bind(self, problem: Problem, config: LatencyConfig, buffers: Buffers, constants):
-        spec = problem["conv"]
-        args = (
-            buffers["conv.x"],
-            *constants,
-            buffers.get("conv.residual"),
-            buffers["conv"],
-            geometry(spec, spec.groups // merged_groups(spec)),
-            spec.act.code,
-            spec.act.param,
-            config.pixels,
-            config.cluster,
-        )
-        return self.launch(torch.ops.fastres_cuda.sm90_conv_latency, (buffers, constants), *args)
-
-
-register(Sm90ConvLatency())

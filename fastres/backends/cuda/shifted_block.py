@@ -1,4 +1,4 @@
-"""cuda.sm90_shifted_block: stage 1's 3x3, expand, residual add and the next reduce as one persistent kernel."""
+"""cuda.sm90_shifted_block: stage 1's 3x3, expand, residual add and next reduce as one persistent kernel."""
 
 from __future__ import annotations
 

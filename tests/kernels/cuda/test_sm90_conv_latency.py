@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from problems import H100, check_candidate, conv_problem, network_problems
+from problems import H100, check_candidate, conv_problem, network_problems, problem_of
 
 from fastres.activation import RELU, Activation
-from fastres.backends.cuda.conv_bn_act import LatencyConfig, Sm90ConvLatency
-from fastres.plan.pattern import CONV_BN_ACT
+from fastres.backends.cuda.latency import LatencyConfig, Sm90ConvLatency, Sm90DualLatency
+from fastres.plan.pattern import CONV_BN_ACT, DUAL
+from fastres.plan.problem import ConvSpec
 
-CANDIDATE = Sm90ConvLatency()
+CANDIDATE, DUAL_CANDIDATE = Sm90ConvLatency(), Sm90DualLatency()
 BF16, FP16 = torch.bfloat16, torch.float16
 CASES = {
     "1x1": conv_problem(1, 64, 8, 8, 64, 1, BF16),
@@ -28,6 +29,39 @@ def test_every_config_equals_fp64(name, every_schedule):
     for config in CANDIDATE.configs(problem, H100):
         check_candidate(CANDIDATE, problem, config, every_schedule)
     check_candidate(CANDIDATE, problem, config, every_schedule, integers=True, seed=1)
+
+
+def _dual(n, middle, channels, extent, stride, filters, dtype):
+    p, q = extent
+    return problem_of(
+        DUAL,
+        dtype,
+        shortcut=ConvSpec(
+            n, channels, p * stride, q * stride - stride + 1, filters, (1, 1), (stride, stride)
+        ),
+        expand=ConvSpec(n, middle, p, q, filters, (1, 1), act=RELU, residual=True),
+    )
+
+
+DUALS = [
+    _dual(1, 64, 64, (8, 8), 1, 256, BF16),
+    _dual(2, 128, 256, (5, 7), 2, 72, FP16),
+    _dual(3, 24, 40, (6, 5), 2, 64, BF16),
+]
+
+
+@pytest.mark.parametrize("problem", DUALS, ids=str)
+def test_every_config_of_dual_equals_fp64(problem, every_schedule):
+    for config in DUAL_CANDIDATE.configs(problem, H100):
+        check_candidate(DUAL_CANDIDATE, problem, config, every_schedule)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_duals_of_resnet50_on_a_gpu(batch):
+    for problem in network_problems(DUAL, ("resnet50",), batch, BF16):
+        for config in DUAL_CANDIDATE.configs(problem, H100):
+            check_candidate(DUAL_CANDIDATE, problem, config, "cuda")
 
 
 @pytest.mark.gpu
@@ -57,11 +91,13 @@ def test_small_batches_fill_the_gpu():
     [
         (conv_problem(32, 64, 8, 8, 64, 1, BF16), "batches up to 16"),
         (conv_problem(1, 3, 8, 8, 64, 7, BF16), "do not fill 16 bytes"),
+        (_dual(1, 64, 20, (4, 4), 1, 64, BF16), "do not fill 16 bytes"),
         (conv_problem(1, 64, 8, 8, 64, 1, torch.float32), "dtype"),
     ],
 )
 def test_what_it_cannot_do_is_refused_with_the_reason(problem, reason):
-    assert reason in CANDIDATE.accepts(problem, H100)
+    candidate = CANDIDATE if problem.pattern == "conv_bn_act" else DUAL_CANDIDATE
+    assert reason in candidate.accepts(problem, H100)
 
 
 def test_other_architectures_are_refused():
