@@ -1,8 +1,8 @@
 """The CUDA kernels as functions: schemas of `torch.ops.fastres_cuda`, the primitives, launching by records.
 
 The primitives mean what fastres/ops/torch_primitives.py says; device code is in kernels/cuda. A *record* is a
-kernel call that is ready to go (function, grid, parameters with pointers), 1536 bytes of CPU memory; C++ launches
-a row of them in one call, each overlapping its start with the end of the one before where the GPU can.
+kernel call that is ready to go (function, grid, parameters with pointers), 1536 bytes of CPU memory. C++
+launches a row of them in one call, each overlapping its start with the end of the one before where it can.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _SCHEMAS = (
     "run_records(Tensor records, int device) -> ()",
     # geometry: filter height and width, stride, padding, dilation (height, width each), groups.
     "sm80_conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out, "
-    "Tensor? workspace, Tensor? counters, int[] geometry, int act, float act_param, int block_m, int block_n, "
-    "int splits, Tensor(a!) record) -> ()",
+    "Tensor? workspace, Tensor? counters, int[] geometry, int act, float act_param, "
+    "int block_m, int block_n, int splits, Tensor(a!) record) -> ()",
     "sm90_conv_latency(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out, "
     "int[] geometry, int act, float act_param, Tensor? second, int[] second_stride, int pixels, int cluster, "
     "Tensor(a!) record) -> ()",

@@ -1,6 +1,6 @@
 """Convolutions for batches up to 16 on Hopper.
 
-cuda.sm90_conv_latency takes one; cuda.sm90_dual_latency adds a projection shortcut to an expand, as more depth.
+cuda.sm90_conv_latency takes one; cuda.sm90_dual_latency adds a projection shortcut to it, as more depth.
 """
 
 from __future__ import annotations
