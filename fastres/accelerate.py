@@ -90,6 +90,7 @@ class _State:
         self.original, self.engine = original, engine
         self.warned = False
         self.parts: Parts | None = None
+        self.parts_of: Any = None
         self.why = ""
 
     def look(self) -> None:
@@ -155,8 +156,10 @@ class Accelerated:
         if not original.training:
             self._warn_of_gradients(args)
         with engine.lock:
-            if engine.renew_structure(original) or state.parts is None:
+            watch = engine.renew_structure(original)
+            if state.parts is None or state.parts_of is not watch:
                 state.parts = Parts(original, lambda child: _part(child, engine.options))
+                state.parts_of = watch
         return state.parts(*self._normalized(args), **kwargs)
 
     def _normalized(self, args: tuple) -> tuple:

@@ -1,4 +1,4 @@
-"""The engine: what stands between a module's call and its plans. One engine serves one module, any input, any thread."""
+"""The engine: what stands between a module's call and its plans. It serves one module, any input, any thread."""
 
 from __future__ import annotations
 
@@ -286,12 +286,10 @@ class Engine:
         except CaptureError:
             return (module,)
 
-    def renew_structure(self, module: nn.Module) -> bool:
-        """Forgets graphs of a structure that has changed; true if it had, or was never looked at."""
-        with self.lock:
-            before = self.watch
-            self._renew(module, check_tensors=False)
-            return self.watch is not before
+    def renew_structure(self, module: nn.Module) -> Watch:
+        """Forgets graphs of a structure that has changed; another watch than before tells that it had."""
+        watch, _ = self._renew(module, check_tensors=False)
+        return watch
 
     def refold(self) -> None:
         """Prepares every constant again from the parameters as they are now."""

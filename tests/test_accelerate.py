@@ -32,7 +32,9 @@ def trained():
 
 def small(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return randomised(torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=5))
+    return randomised(
+        torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, [1, 1, 1, 1], num_classes=5)
+    )
 
 
 def held_to_the_bound(out, model, x, dtype):
@@ -163,7 +165,9 @@ def test_the_compute_type_is_another_than_the_parameters(dtype, trained):
 
 
 def test_a_wider_compute_type_reaches_what_no_kernel_takes():
-    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 3, padding=1, padding_mode="circular"))
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 3, padding=1, padding_mode="circular")
+    )
     x = image()
     wide = copy.deepcopy(model).double()
     fast = fastres.accelerate(model.eval(), dtype=torch.float64)
@@ -246,7 +250,16 @@ def test_normalised_images_train_too():
         lambda x: x[:1].expand(4, -1, -1, -1),
         lambda x: nn.Parameter(x, requires_grad=False),
     ],
-    ids=["nchw", "nhwc", "sliced", "copied", "transposed", "channels expanded", "batch expanded", "parameter"],
+    ids=[
+        "nchw",
+        "nhwc",
+        "sliced",
+        "copied",
+        "transposed",
+        "channels expanded",
+        "batch expanded",
+        "parameter",
+    ],
 )
 def test_any_memory_order_gives_the_same(form):
     model = small()

@@ -1,4 +1,4 @@
-"""One module a family. `load()` imports them all, which registers their candidates; what can't be imported has a reason."""
+"""One module a family. `load()` imports them all, which registers their candidates; what it can't has a reason."""
 
 from __future__ import annotations
 

@@ -102,8 +102,8 @@ class StemConfig:
 
     Attributes:
         form: "plain"; "padded": zero channels up to `channels`; "depth": each 2x2 square of pixels becomes one pixel of
-            four times the channels (padded to `channels`), which turns a stride-2 RxS filter into a stride-1 one of half
-            the size.
+            four times the channels (padded to `channels`), which turns a stride-2 RxS filter into a stride-1 one
+            of half the size.
         channels: channels of the rearranged input.
     """
 

@@ -215,7 +215,11 @@ def _refill(container, held) -> None:
 def _refusing_child(module: nn.Module, opaque: dict[nn.Module, str]) -> tuple[nn.Module, str] | None:
     """The first submodule, outermost first, that cannot be traced though all of its own children can."""
     for child in module.children():
-        if child in opaque or known.is_layer(child) or not list(child.children()) and not known.traces(child):
+        if (
+            child in opaque
+            or known.is_layer(child)
+            or (not list(child.children()) and not known.traces(child))
+        ):
             continue
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             found = _refusing_child(child, opaque)

@@ -1,4 +1,4 @@
-"""BN folding in fp32 (fp64 where parameters or activations are), and the keys that tell when prepared constants are stale.
+"""BN folding in fp32 (fp64 where parameters or activations are).
 
 Folding (Jacob et al., 2018, "Quantization and Training of Neural Networks", section 3.2):
     scale = gamma / sqrt(var + eps),  shift = beta + (bias - mean) * scale,  y = scale * conv(x, w) + shift

@@ -69,10 +69,8 @@ class _Fuser:
         conv = self._producer(x, Conv)
         fits = conv is not None and conv.bn is None and conv.residual is None and conv.act == IDENTITY
         fits = fits and (known.foldable(node.bn) or (self.training and known.batch_norm_act(node.bn) is None))
-        if (
-            not fits
-            or node.bn.running_mean is not None
-            and len(node.bn.running_mean) != conv.conv.out_channels
+        if not fits or (
+            node.bn.running_mean is not None and len(node.bn.running_mean) != conv.conv.out_channels
         ):
             return node
         return self._take(conv, output=node.output, bn=node.bn, bn_name=node.name)

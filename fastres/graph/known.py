@@ -1,5 +1,5 @@
-"""Which modules are known, by exact type. Subclasses are not: timm's `BatchNormAct2d` is a BatchNorm with an activation,
-its `StdConv2d` a Conv that standardises its weights; taking them for their base class would be silently wrong."""
+"""Which modules are known, by exact type. Subclasses are not: timm's `BatchNormAct2d` is a BatchNorm with an
+activation, its `StdConv2d` a Conv that standardises its weights; taking them for their base class would be silently wrong."""
 
 from __future__ import annotations
 
@@ -76,9 +76,8 @@ def conv_padding(conv: nn.Conv2d) -> tuple[int, int] | None:
 
 def is_batch_norm(module: nn.Module) -> bool:
     """A BN whose arithmetic in eval mode is that of nn.BatchNorm2d over the same four tensors and `eps`."""
-    return (
-        exact_type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-        or qualified_type(module)
+    return exact_type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or (
+        qualified_type(module)
         in (
             "torchvision.ops.misc.FrozenBatchNorm2d",
             "timm.layers.norm.FrozenBatchNorm2d",
@@ -89,7 +88,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def batch_norm_act(module: nn.Module) -> Activation | None:
-    """The activation of timm's BN-with-activation layers, or None where it is no such layer (or one that we don't know)."""
+    """The activation of timm's BN-with-activation layers, or None where it is no such layer (or an unknown one)."""
     if qualified_type(module) not in (
         "timm.layers.norm_act.BatchNormAct2d",
         "timm.layers.norm_act.FrozenBatchNormAct2d",

@@ -31,7 +31,7 @@ class Buffers:
         tensors: input name ("conv.x", "expand.residual") or output role ("conv") → tensor. Activations are logical
             [N, C, H, W] in channels_last strides, dense, 16-byte aligned; [N, C] after a flat pool.
         counters: int32, as many as `Candidate.counters` asked for, zero at the start of every run; or None.
-        workspace: uint8, as many bytes as `Candidate.workspace` asked for, content undefined, 256-byte aligned; or None.
+        workspace: uint8, as many bytes as `Candidate.workspace` asked for, undefined, 256-byte aligned; or None.
         donated: names of inputs that nobody reads after this call: a launch may write its result over them.
     """
 

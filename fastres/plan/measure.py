@@ -25,7 +25,7 @@ _MEASURED: dict[tuple, Cost] = {}
 
 
 class Measure:
-    """A cost model that times every configuration of a candidate once in a process; what cannot run raises its reason."""
+    """A cost model that times every configuration of a candidate once a process; what cannot run raises its reason."""
 
     def __init__(self, device: torch.device):
         self.device = device

@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from typing import ClassVar
 
 import fastres.backends
 from fastres.backends.reference import Reference
@@ -90,7 +91,7 @@ class Writing(Fake):
     starts and are not when it ends, and over every input that was donated."""
 
     allocates = False
-    joins: list[int] = []
+    joins: ClassVar[list[int]] = []
 
     def __init__(self, pattern, join: bool = False):
         super().__init__(pattern, "writing")

@@ -281,7 +281,7 @@ def test_a_requested_backend_that_cannot_run_raises_its_real_reason(backend):
     fast = fastres.accelerate(_layer().float(), backend=backend)
     with (
         torch.no_grad(),
-        pytest.raises(ValueError, match="can run no layer of this network: .*(GPU|CUDA device)"),
+        pytest.raises(ValueError, match=r"can run no layer of this network: .*(GPU|CUDA device)"),
     ):
         fast(image().float())
 
@@ -289,7 +289,10 @@ def test_a_requested_backend_that_cannot_run_raises_its_real_reason(backend):
 def test_a_requested_backend_that_is_not_installed_raises_its_real_reason(monkeypatch):
     monkeypatch.setattr(backends, "load", lambda: {"triton": "cannot be imported: No module named 'triton'"})
     fast = fastres.accelerate(_layer(), backend="triton")
-    with torch.no_grad(), pytest.raises(ValueError, match="'triton' is not here: .*No module named 'triton'"):
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match=r"'triton' is not here: .*No module named 'triton'"),
+    ):
         fast(image())
 
 
