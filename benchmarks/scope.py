@@ -77,7 +77,7 @@ def scope(
     for name in made.networks or ():
         load_model(name)
     # A GPU sample is a few milliseconds, a CPU sample of a network a few hundred.
-    default = made.pick(smoke=0.03, quick=0.35, full=1.5, cuda_quick=0.12, cuda_full=0.4)
+    default = made.pick(smoke=0.03, quick=0.25, full=1.5, cuda_quick=0.12, cuda_full=0.4)
     limit = made.pick(smoke=0.8, quick=9.5, full=None, cuda_quick=7.5)
     return replace(made, seconds=seconds or default, minutes=minutes or limit)
 

@@ -33,7 +33,7 @@ class EagerChannelsLast(Provider):
 
 class Folded(Provider):
     name = "folded"
-    levels = frozenset(("layer", "fused", "block", "model", "host"))
+    levels = frozenset(("layer", "fused", "block", "model"))
 
     def build(self, subject: Subject, case: Case) -> Call:
         return folded(subject, case)

@@ -67,6 +67,6 @@ def _measure(device: torch.device, dtype: torch.dtype, threads: int, tf32: bool)
     else:
         fns = {"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, b)}
         # The best samples: what the machine can do does not depend on who else was using it.
-        timings = time_interleaved(fns, budget_s=0.6, warmup_s=0.05, min_rounds=5)
+        timings = time_interleaved(fns, budget_s=1.5, warmup_s=0.1, min_rounds=5)
         copy_ms, matmul_ms = (min(timings[name].samples) for name in fns)
     return Roofline(2 * nbytes / copy_ms * 1e3, 2 * size**3 / matmul_ms * 1e3)
