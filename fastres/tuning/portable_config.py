@@ -56,7 +56,7 @@ def _stationary(spec: ConvSpec, m: int, size: int, shared: int) -> list[ConvConf
         return []
     first = [(128, 64, 4)] if spec.c <= 64 and spec.k <= 64 else [(64, 64, 4)] if spec.k <= 128 else []
     if spec.k > 128:
-        first = [(64, 128, 4 if spec.c <= 64 else 3)] if spec.residual or spec.c > 64 else [(64, 256, 3)]
+        first = [(64, 128, 4 if spec.c <= 64 else 3)]
     more = [(64, 64, 3), (64, 64, 4), (64, 128, 3), (64, 128, 4), (128, 64, 3), (128, 128, 3), (64, 256, 3)]
     found = []
     for block_m, block_n, stages in first + more:
@@ -73,7 +73,8 @@ def _persistent(spec: ConvSpec, m: int, size: int, shared: int, target: Target) 
     """512->128 @28: 93 us (floor 86, cuDNN 92) at 128x128; 512->256 @28: 120 (103, 116),
     1024->256 @14: 58 (43, 55) and 1024->512 @14: 87 (70, 83) at 128x256."""
     block_k = min(128 // size, max(16, _pow2(spec.c)))
-    wide = spec.k >= 256 and not spec.residual and spec.c <= 1024
+    # On sm_100 a tile of 128x256 spills (Triton 3.8).
+    wide = spec.k >= 256 and not spec.residual and spec.c <= 1024 and target.capability == 90
     order = [(128, 256, 8, 3), (128, 128, 8, 4)] if wide else [(128, 128, 8, 4), (128, 256, 8, 3)]
     order += [(128, 64, 4, 4), (128, 128, 8, 3), (64, 128, 4, 4), (64, 64, 4, 4)]
     if _tiles(m, spec.k, 128, 128) < target.sms:
@@ -92,9 +93,10 @@ def _implicit(spec: ConvSpec, m: int, size: int, target: Target, shared: int) ->
     columns = slice_outputs(spec)
     reduction = spec.weight_elements // spec.k * slice_inputs(spec) // (spec.c // spec.groups)
     block_k = _reduction_block(slice_inputs(spec), reduction, size)
-    hopper = target.capability >= 90
+    # 4 warps own the whole tile: on sm_90 that leaves registers enough, but not for a residual's pointers too.
+    few = target.capability == 90 and not spec.residual
     tiles = [
-        (128, 128, 4 if hopper else 8),
+        (128, 128, 4 if few else 8),
         (128, 64, 4),
         (64, 128, 4),
         (64, 64, 4),
@@ -259,24 +261,29 @@ def shifted_block_configs(problem: Problem, target: Target, shared: int) -> list
 
 @dataclass(frozen=True)
 class StemConfig(Config):
-    """Of `triton.stem_pool`: pooled columns of a tile, pooled rows of a strip."""
+    """Of `triton.stem_pool`: pooled columns of a tile, pooled rows of a strip, filter rows of a step."""
 
     block_q: int
     strip: int
+    block_r: int
     num_warps: int
     num_stages: int
 
 
 def stem_configs(problem: Problem, target: Target) -> list[StemConfig]:
-    """Unmeasured. Longer strips compute fewer rows twice (1 in 2 strip + 1); shorter ones fill the device."""
+    """Unmeasured. Longer strips compute fewer rows twice (1 in 2 strip + 1), shorter ones fill the device.
+    Where the product reads weights from shared memory they stay there (8 rows a step); elsewhere they would
+    not fit into the registers (Triton 3.8 spills)."""
     pool, size = problem["pool"], problem.dtype.itemsize
     block_q = 64 if pool.q > 32 else max(16, _pow2(pool.q))
+    resident = target.capability in (90, 100) and size == 2
     if size == 4:
         block_q = min(block_q, 32)
     columns = -(-pool.q // block_q)
     strips = [s for s in (14, 7, 4, 2, 1) if s <= pool.p]
     strips.sort(key=lambda s: max(0, 4 * target.sms - pool.n * columns * -(-pool.p // s)))
-    return [StemConfig(block_q, strip, warps, 1) for strip in strips for warps in (4, 8)]
+    steps = [(8, 8), (2, 4), (1, 4)] if resident else [(2, 8), (1, 4), (2, 4)]
+    return [StemConfig(block_q, strip, rows, warps, 1) for strip in strips for rows, warps in steps]
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 pool(act(conv(x, w) * scale + shift)): the convolution's output, a ResNet's largest tensor, is not written.
 Filter row r of an output pixel reads S * C contiguous elements of x, so the reduction runs over R_PAD
-segments of SEGMENT elements, of which w [K, R_PAD * SEGMENT] is zero outside the filter; a segment starts SHIFT
-elements early where that aligns the loads. (A NaN or infinity in x reaches past the filter by what is padded.)
+segments of SEGMENT elements, of which w [K, R_PAD * SEGMENT] is zero outside the filter; a segment starts
+SHIFT elements early where that aligns the loads. (A NaN or infinity in x reaches that much further.)
 A program walks down STRIP pooled rows and keeps the maximum over the shared convolution row, so a pooled row
 costs two convolution rows at three columns a pixel: 1.5 times the products of the convolution alone.
 
@@ -19,7 +19,9 @@ from .activation import activate
 @triton.jit
 def _conv_row(
     p_x,  # the image
-    b,  # [K_PAD, BLOCK_N] weights
+    p_w,  # [BLOCK_N] pointers to rows of weights
+    m_n,
+    b,  # [BLOCK_K, BLOCK_N]: the first weights; all of them where BLOCK_K is the whole reduction
     b_scale,
     b_shift,
     b_factor,
@@ -44,23 +46,27 @@ def _conv_row(
     MONOTONE: tl.constexpr,
     NORMALIZE: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """[BLOCK_Q, BLOCK_N]: the maximum over three neighbouring columns of convolution row p1; -inf outside."""
-    o_k = tl.arange(0, R_PAD * SEGMENT)
-    r = o_k // SEGMENT
-    e = o_k % SEGMENT
-    h = p1 * STRIDE_H - PAD_H + r
-    m_h = (h >= 0) & (h < H) & (r < R)
-    o_h = h * (W * C)
     best = tl.full((o_q2.shape[0], b.shape[1]), float("-inf"), tl.float32)
     for j in tl.static_range(3):
         q1 = 2 * o_q2 - 1 + j
-        o_e = (q1 * (STRIDE_W * C) - (PAD_W * C + SHIFT))[:, None] + e[None, :]
-        m = (o_e >= 0) & (o_e < W * C) & m_h[None, :]
-        a = tl.load(p_x + (o_h[None, :] + o_e), mask=m, other=0)
-        if NORMALIZE:
-            a = tl.where(m, a.to(tl.float32) * b_factor[None, :] + b_offset[None, :], 0.0)
-        z = tl.dot(a.to(b.dtype), b, input_precision=PRECISION) * b_scale[None, :] + b_shift[None, :]
+        o_q = q1 * (STRIDE_W * C) - (PAD_W * C + SHIFT)
+        z = tl.zeros((o_q2.shape[0], b.shape[1]), tl.float32)
+        for k0 in range(0, R_PAD * SEGMENT, BLOCK_K):
+            o_k = tl.arange(0, BLOCK_K)
+            r = (k0 + o_k) // SEGMENT
+            h = p1 * STRIDE_H - PAD_H + r
+            o_e = o_q[:, None] + (o_k % SEGMENT)[None, :]
+            m = (o_e >= 0) & (o_e < W * C) & ((h >= 0) & (h < H) & (r < R))[None, :]
+            a = tl.load(p_x + ((h * (W * C))[None, :] + o_e), mask=m, other=0)
+            if NORMALIZE:
+                a = tl.where(m, a.to(tl.float32) * b_factor[None, :] + b_offset[None, :], 0.0)
+            if BLOCK_K < R_PAD * SEGMENT:
+                b = tl.load(p_w[None, :] + (k0 + o_k)[:, None], mask=m_n[None, :], other=0.0)
+            z = tl.dot(a.to(b.dtype), b, z, input_precision=PRECISION)
+        z = z * b_scale[None, :] + b_shift[None, :]
         if not MONOTONE:
             z = activate(z, act_param, ACT)
         z = tl.where(((q1 >= 0) & (q1 < Q1))[:, None], z, float("-inf"))
@@ -101,6 +107,7 @@ def stem_pool_kernel(
     STRIP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # a multiple of SEGMENT; all of R_PAD * SEGMENT keeps the weights resident
 ):
     q_tiles = tl.cdiv(Q2, BLOCK_Q)
     strips = tl.cdiv(P2, STRIP)
@@ -110,8 +117,9 @@ def stem_pool_kernel(
     o_q2 = i_q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < K
-    o_k = tl.arange(0, R_PAD * SEGMENT)
-    b = tl.load(w + o_n[None, :] * (R_PAD * SEGMENT) + o_k[:, None], mask=m_n[None, :], other=0.0)
+    o_k = tl.arange(0, BLOCK_K)
+    p_w = w + o_n * (R_PAD * SEGMENT)
+    b = tl.load(p_w[None, :] + o_k[:, None], mask=m_n[None, :], other=0.0)
     b_scale = tl.load(scale + o_n, mask=m_n, other=0.0)
     b_shift = tl.load(shift + o_n, mask=m_n, other=0.0)
     b_factor = b_scale
@@ -127,6 +135,8 @@ def stem_pool_kernel(
     for i in range(2 * first - 1, 2 * min(first + STRIP, P2)):
         row = _conv_row(
             p_x,
+            p_w,
+            m_n,
             b,
             b_scale,
             b_shift,
@@ -152,6 +162,7 @@ def stem_pool_kernel(
             MONOTONE,
             NORMALIZE,
             PRECISION,
+            BLOCK_K,
         )
         above = tl.maximum(above, row, propagate_nan=tl.PropagateNan.ALL)
         # Odd rows close a pooled row and open the next one; the one above the strip only opens.

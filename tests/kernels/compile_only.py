@@ -95,3 +95,24 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {text!r}")
     return int(found[1]), int(found[2])
+
+
+def candidate_calls(candidate: Any, problem: Any, config: Any) -> list[Any]:
+    """The launches of a candidate that has `calls`, on meta tensors."""
+    import torch
+    from checking import make_nodes
+
+    from fastres.graph.fold import LayerParameters
+    from fastres.plan.candidate import Buffers
+
+    parameters = {role: LayerParameters(node) for role, node in make_nodes(problem, "meta").items()}
+    constants = candidate.prepare(problem, config, parameters)
+    shapes = [(name, problem.input_shape(name), problem.input_dtype(name)) for name in problem.inputs]
+    shapes += [(role, problem.output_shape(role), problem.dtype) for role in problem.outputs]
+    tensors = {}
+    for name, shape, dtype in shapes:
+        value = torch.empty(shape, dtype=dtype, device="meta")
+        tensors[name] = value.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else value
+    counters = torch.empty(candidate.counters(problem, config), dtype=torch.int32, device="meta")
+    workspace = torch.empty(candidate.workspace(problem, config), dtype=torch.uint8, device="meta")
+    return candidate.calls(problem, config, Buffers(tensors, counters, workspace), constants)

@@ -99,6 +99,7 @@ class StemPool(TritonCandidate):
             PRECISION=precision(problem),
             STRIP=config.strip,
             BLOCK_Q=config.block_q,
+            BLOCK_K=min(segment * config.block_r, r_pad * segment),
             BLOCK_N=max(16, pow2(spec.k)),
         )
         programs = spec.n * cdiv(pool.p, config.strip) * cdiv(pool.q, config.block_q)

@@ -13,7 +13,7 @@ from fastres.plan.problem import ConvSpec, NormalizeSpec, PoolSpec
 from fastres.tuning.portable_config import StemConfig
 
 CANDIDATE = REGISTRY["triton.stem_pool"]
-CONFIG = StemConfig(16, 2, 4, 1)
+CONFIG = StemConfig(16, 2, 8, 4, 1)
 
 
 def stem(n, h, w, k=16, c=3, size=7, stride=2, dtype=torch.float32, act=RELU, u8=False, padding=None):
@@ -56,13 +56,13 @@ def test_activations_that_do_not_rise(act):
     check_candidate(CANDIDATE, stem(1, 12, 12, act=act), CONFIG)
 
 
-@pytest.mark.parametrize("strip", [1, 3, 8])
-def test_strips_of_any_length_give_the_same_bits(strip):
+@pytest.mark.parametrize("strip, rows", [(1, 8), (3, 8), (8, 8), (2, 1), (3, 2)])
+def test_strips_and_steps_of_any_length_agree(strip, rows):
     problem = stem(1, 20, 18)
-    nodes, inputs = make_nodes(problem, "cpu"), make_inputs(problem, "cpu")
+    nodes, inputs = make_nodes(problem, "cpu", integers=True), make_inputs(problem, "cpu", integers=True)
     constants = CANDIDATE.prepare(problem, CONFIG, {r: LayerParameters(n) for r, n in nodes.items()})
     outputs = []
-    for config in (CONFIG, StemConfig(16, strip, 4, 1)):
+    for config in (CONFIG, StemConfig(16, strip, rows, 4, 1)):
         y = torch.empty(problem.output_shape("pool")).contiguous(memory_format=torch.channels_last)
         CANDIDATE.bind(problem, config, Buffers({**inputs, "pool": y}), constants)()
         outputs.append(y)
