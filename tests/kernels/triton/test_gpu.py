@@ -1,0 +1,129 @@
+"""The portable Triton kernels on a GPU: every distinct layer of the named networks, and random problems.
+
+Poisoned and guarded outputs, two bitwise equal runs, fp64 oracle: see `check_candidate`. Layers of the largest
+batch keep their channels and lose pixels, so that the fp64 oracle fits beside them: tiles are as many, and the
+configurations are those of the whole problem.
+"""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import NETWORKS, check_candidate, network_problems, random_problems
+
+pytest.importorskip("triton", reason="Triton cannot be imported")
+from fastres.backends import triton_ops, triton_portable  # noqa: F401 (registers)
+from fastres.plan.candidate import REGISTRY
+from fastres.plan.target import detect
+
+pytestmark = pytest.mark.gpu
+NAMES = sorted(name for name, c in REGISTRY.candidates.items() if c.backend == "triton")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# Pixels a side of the image at each batch size: the oracle of batch 256 at 224 pixels would take 100 GB.
+SIZES = {1: 224, 3: 224, 32: 128, 256: 64}
+
+
+@pytest.fixture
+def target():
+    yield detect(torch.device("cuda", torch.cuda.current_device()))
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def ieee_reference():
+    """PyTorch's own error is the yardstick: not that of TF32."""
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("batch", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_of_the_networks(name, dtype, batch, target):
+    candidate, checked = REGISTRY[name], 0
+    for normalize in (False, True) if name == "triton.stem_pool" else (False,):
+        for problem in network_problems(
+            candidate.pattern, tuple(NETWORKS), batch, dtype, SIZES[batch], normalize=normalize
+        ):
+            if candidate.accepts(problem, target) is None:
+                config = candidate.configs(problem, target)[0]
+                check_candidate(candidate, problem, config, "cuda", seed=checked)
+                checked += 1
+    if not checked:
+        pytest.skip(f"{name} takes none of these problems in {dtype}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("integers", [False, True])
+def test_random_problems(name, dtype, integers, target):
+    """200 of each pattern over the types: every configuration that tune may try, in turn."""
+    candidate, checked = REGISTRY[name], 0
+    for index, problem in enumerate(random_problems(candidate.pattern, 70, dtype, seed=DTYPES.index(dtype))):
+        if candidate.accepts(problem, target) is None:
+            configs = candidate.configs(problem, target)
+            config = configs[index % len(configs)]
+            check_candidate(candidate, problem, config, "cuda", seed=index, integers=integers)
+            checked += 1
+    if not checked:
+        pytest.skip(f"{name} takes none of these problems in {dtype}")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tf32(name, target):
+    candidate, checked = REGISTRY[name], 0
+    for problem in network_problems(candidate.pattern, ("resnet50",), 3, torch.float32):
+        problem = replace(problem, flags=("tf32",))
+        if candidate.accepts(problem, target) is None:
+            check_candidate(candidate, problem, candidate.configs(problem, target)[0], "cuda")
+            checked += 1
+    if not checked:
+        pytest.skip(f"{name} takes none of these problems in TF32")
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["nhwc", "nchw"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(32, 64, 56, 56), (3, 2048, 7, 7), (5, 17, 9, 11)], ids=str)
+def test_training_primitives(shape, dtype, layout):
+    """A whole BN + add + ReLU, forward and backward, against fp64 autograd and PyTorch's own error."""
+
+    def tensor():
+        return torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=layout)
+
+    x, residual, grad = tensor(), tensor(), tensor()
+    weight, bias = torch.rand(shape[1], device="cuda") + 0.5, torch.randn(shape[1], device="cuda")
+    mean, var, sum_dy, sum_dy_xhat = (torch.empty(shape[1], device="cuda") for _ in range(4))
+    out, grad_x, grad_residual = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+
+    def run():
+        triton_ops.bn_stats(x, mean, var)
+        invstd = (var + 1e-5).rsqrt()
+        scale = weight * invstd
+        triton_ops.bn_act(x, residual, scale, bias - mean * scale, 1, 0.0, out)
+        common = (grad, x, residual, out, mean, invstd, weight, bias, 1, 0.0)
+        triton_ops.bn_act_backward_reduce(*common, sum_dy, sum_dy_xhat)
+        count = x.numel() // shape[1]
+        triton_ops.bn_act_backward(*common, sum_dy / count, sum_dy_xhat / count, grad_x, grad_residual)
+        return [t.clone() for t in (out, grad_x, grad_residual, sum_dy, sum_dy_xhat)]
+
+    def reference(kind):
+        leaves = [t.detach().to(kind).requires_grad_() for t in (x, residual)]
+        wide = torch.float64 if kind == torch.float64 else torch.float32
+        affine = [t.to(wide).requires_grad_() for t in (weight, bias)]
+        y = torch.nn.functional.batch_norm(leaves[0], None, None, *affine, training=True, eps=1e-5)
+        y = (y + leaves[1]).relu()
+        # The mask is that of the rounded output, which a kernel reads.
+        y.backward(grad.to(kind) * (out > 0))
+        return [y.detach(), *(leaf.grad for leaf in leaves), affine[1].grad, affine[0].grad]
+
+    first, second = run(), run()
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other), "two runs differ"
+    oracle, own = reference(torch.float64), reference(dtype)
+    for ours, exact, theirs in zip(first, oracle, own, strict=True):
+        limit = 1.5 * (theirs.double() - exact).norm() + 1e-6 * exact.norm()
+        assert (ours.double() - exact).norm() <= limit
