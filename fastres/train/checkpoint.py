@@ -47,7 +47,7 @@ def draw_curves(path: Path, history: Sequence[dict[str, float]], title: str) -> 
         return False
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     epochs = [row["epoch"] for row in history]
     figure, (losses, errors) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
@@ -55,10 +55,11 @@ def draw_curves(path: Path, history: Sequence[dict[str, float]], title: str) -> 
         losses.plot(epochs, [row[f"{name}_loss"] for row in history], color=colour, marker=".", label=name)
         wrong = [100 * (1 - row[f"{name}_accuracy"]) for row in history]
         errors.plot(epochs, wrong, color=colour, marker=".", label=name)
-    losses.set_ylabel("cross-entropy")
+    losses.set_ylabel("cross-entropy (train: smoothed labels)")
     errors.set_ylabel("wrong, %")
     errors.set_yscale("symlog", linthresh=1)
     errors.set_ylim(bottom=0)
+    errors.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     best = max(history, key=lambda row: row["test_accuracy"])
     losses.set_title(title, fontsize=10)
     errors.set_title(f"best test accuracy {best['test_accuracy']:.2%}, epoch {best['epoch']}", fontsize=10)
