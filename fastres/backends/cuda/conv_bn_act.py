@@ -15,9 +15,7 @@ from fastres.plan.pattern import CONV_BN_ACT
 from fastres.plan.problem import ConvSpec, Problem, Target
 from fastres.tuning.config import Config
 
-# (block_m, block_n): blocks that fit an SM, by registers (ptxas) and by an A100's 164 KB of shared memory.
-_TILES = {(128, 128): 2, (128, 64): 2, (64, 64): 4}
-_TILES_FP32 = {(128, 128): 1, (128, 64): 2, (64, 64): 4}
+_TILES = ((128, 128), (128, 64), (64, 64))
 _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16, 24)
 
 
@@ -64,6 +62,13 @@ def geometry(spec: ConvSpec, groups: int) -> list[int]:
     return [*spec.kernel, *spec.stride, *spec.padding, *spec.dilation, groups]
 
 
+def resident_blocks(block_m: int, block_n: int, dtype: torch.dtype, capability: int) -> int:
+    """Blocks that fit an SM, by registers (ptxas) and by an A100's 164 KB of shared memory."""
+    if (block_m, block_n) == (128, 128):
+        return 2 if dtype.itemsize == 2 and capability < 90 else 1
+    return 2 if block_m == 128 else 4
+
+
 class Sm80ConvBnAct(CudaCandidate):
     name = "cuda.sm80_conv_bn_act"
     pattern = CONV_BN_ACT
@@ -85,7 +90,8 @@ class Sm80ConvBnAct(CudaCandidate):
         steps = ceil_div(depth, 64 // problem.dtype.itemsize)
         whole = channels * problem.dtype.itemsize % 16 == 0
         found = []
-        for (block_m, block_n), resident in (
+        for block_m, block_n in _TILES:
+            resident = resident_blocks(block_m, block_n, problem.dtype, target.capability)
             _TILES_FP32 if problem.dtype == torch.float32 else _TILES
         ).items():
             if (block_m, block_n) != (64, 64) and not whole:

@@ -9,12 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import emulated
 
-
-def _schedules():
-    for order, late in emulated.SCHEDULES:
-        yield pytest.param(
-            (order, late), id=f"emulated-{'shuffled' if order else 'ordered'}-{'late' if late else 'early'}"
-        )
+_SCHEDULES = [pytest.param(value, id=f"emulated, {name}") for name, value in emulated.SCHEDULES.items()]
 
 
 def _device(param) -> str:
@@ -31,12 +26,12 @@ def _device(param) -> str:
 _CUDA = pytest.param("cuda", id="cuda", marks=pytest.mark.gpu)
 
 
-@pytest.fixture(params=[list(_schedules())[-1], _CUDA])
+@pytest.fixture(params=[_SCHEDULES[-1], _CUDA])
 def device(request: pytest.FixtureRequest) -> str:
     return _device(request.param)
 
 
-@pytest.fixture(params=[*_schedules(), _CUDA])
+@pytest.fixture(params=[*_SCHEDULES, _CUDA])
 def every_schedule(request: pytest.FixtureRequest) -> str:
     """As `device`, and in the emulator once for every order of threads and time of asynchronous copies."""
     return _device(request.param)

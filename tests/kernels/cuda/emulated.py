@@ -106,10 +106,11 @@ def _load(path: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-# (order in which threads run: 0 by number, else shuffled by this seed; asynchronous work as late as may be?)
-SCHEDULES = ((0, False), (0, True), (7, True))
+# (threads by number or, if not 0, shuffled by this seed; what comes late: 1 copies, 2 products, 3 both).
+# A late product may hide a copy that nobody waited for, and the reverse: all four.
+SCHEDULES = {"early": (0, 0), "late copies": (0, 1), "late products": (5, 2), "late, shuffled": (7, 3)}
 
 
-def schedule(order: int, late: bool) -> None:
+def schedule(order: int, late: int) -> None:
     """How the emulator runs the threads from now on."""
-    library().emulator_configure(order, int(late))
+    library().emulator_configure(order, late)

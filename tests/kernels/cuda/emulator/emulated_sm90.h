@@ -72,7 +72,7 @@ void wgmma_meet(WgmmaIo mine) {
   emulator::Meeting& group = self->block->warpgroups[self->warp / 4];
   // Registers of A and the arguments live in the caller's frame: what happens later works on copies of them.
   emulator::meet(group, self->linear % 128, "wgmma", &mine, [&](auto& slot) {
-    if (!emulator::late) return perform_wgmma<T, N>(self->block, slot);
+    if (!emulator::late_products) return perform_wgmma<T, N>(self->block, slot);
     auto copies = std::make_shared<std::vector<std::pair<WgmmaIo, std::array<uint32_t, 4>>>>(128);
     std::vector<void*> later(128);
     for (int i = 0; i < 128; ++i) {

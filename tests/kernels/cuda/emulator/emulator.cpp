@@ -40,7 +40,7 @@ namespace emulator {
 
 Thread* self = nullptr;
 Run* run = nullptr;
-bool late = false;
+bool late = false, late_products = false;
 
 namespace {
 
@@ -118,6 +118,7 @@ std::unique_ptr<Cluster> make_cluster(dim3 grid, dim3 size, unsigned shared_byte
     b->shared = b->memory.data() + (1024 - reinterpret_cast<uintptr_t>(b->memory.data()) % 1024) % 1024;
     b->shared_bytes = shared_bytes;
     b->threads.resize(threads);
+    b->alive = threads;
     b->warps.resize((threads + 31) / 32);
     b->warpgroups.resize((threads + 127) / 128);
     b->barriers.resize(16);
@@ -196,7 +197,7 @@ void launch(const void* function, void (*invoke)(const void*, const void*), cons
         self = t;
         fastres_emulator_switch(&scheduler_stack, t->stack_pointer);
         moved = true;
-        if (t->done) --c->alive;
+        if (t->done) --c->alive, --t->block->alive;
         if (!state.error.empty()) break;
       }
       if (!state.error.empty()) break;
@@ -227,8 +228,10 @@ void launch(const void* function, void (*invoke)(const void*, const void*), cons
 
 }  // namespace emulator
 
-// order: 0 runs threads by number, else shuffled with this seed. late: asynchronous work as late as it may happen.
+// order: 0 runs threads by number, else shuffled with this seed. late: bit 0 copies, bit 1 products of wgmma, as late
+// as they may happen.
 extern "C" __attribute__((visibility("default"))) void emulator_configure(unsigned order, int late) {
   emulator::seed = order;
-  emulator::late = late != 0;
+  emulator::late = late & 1;
+  emulator::late_products = late & 2;
 }

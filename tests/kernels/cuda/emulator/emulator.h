@@ -2,8 +2,8 @@
 //
 // Every CUDA thread is a fiber; blocks of a cluster run interleaved. A barrier, a warp-wide instruction or an mbarrier
 // wait hands over to the next fiber; if none can go on, that is a deadlock and is reported with the places waited at.
-// Asynchronous work (cp.async, TMA, wgmma) happens as early or as late as the programming model allows ("late" is
-// chosen by emulator_configure), so that a missing wait and a buffer reused too early both show as wrong numbers.
+// Copies (cp.async, TMA) and products (wgmma) each happen as early or as late as the programming model allows, as
+// emulator_configure says, so that a missing wait and a buffer reused too early both show as wrong numbers.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -65,6 +65,7 @@ struct Block {
   unsigned char* shared = nullptr;
   unsigned shared_bytes = 0;
   std::vector<Thread> threads;
+  size_t alive = 0;
   std::vector<Meeting> warps, warpgroups, barriers;
   std::vector<Block*> peers;  // of the cluster, by rank
   Meeting* whole_cluster = nullptr;
@@ -78,7 +79,7 @@ struct Run {
 
 extern Thread* self;
 extern Run* run;
-extern bool late;
+extern bool late, late_products;
 
 [[noreturn]] void fail(const std::string& message);
 void yield();
@@ -128,6 +129,7 @@ inline unsigned shared_offset(const void* p) {
 inline unsigned char* shared_pointer(unsigned address, int bytes) {
   Block* b = self->block;
   if (address >> 24) b = b->peers.at((address >> 24) - 1);
+  if (b->alive == 0) fail("shared memory of a block that has left");
   const unsigned offset = address & 0xffffff;
   if (offset + bytes > b->shared_bytes) fail("shared memory address " + std::to_string(offset) + " out of bounds");
   if (bytes && offset % (bytes > 16 ? 16 : bytes)) fail("misaligned shared memory address");
