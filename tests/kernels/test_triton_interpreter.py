@@ -17,7 +17,7 @@ FILES = sorted(path.name for path in FOLDER.glob("test_triton_*.py"))
 def test_portable_kernels_in_the_interpreter(share):
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     env.update(TRITON_INTERPRET="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
     done = subprocess.run([*command, *FILES[share::2]], cwd=FOLDER, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-2000:]
