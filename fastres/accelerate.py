@@ -95,6 +95,7 @@ class _State:
 
     def look(self) -> None:
         """Captures the original in its present mode, so that later calls (and torch.compile) find the graph made."""
+        self.engine.renew_structure(self.original)
         try:
             self.engine.graph(self.original)
         except CaptureError as error:

@@ -93,7 +93,7 @@ def plan(
     from fastres.graph.capture import capture
     from fastres.plan.planner import NoCandidate, make_plan
     from fastres.plan.problem import dtype_from_name
-    from fastres.plan.specs import propagate
+    from fastres.plan.specs import Info, Unplannable, propagate
     from fastres.plan.target import on_paper
     from fastres.report import of_plan
 
@@ -101,10 +101,11 @@ def plan(
     try:
         target, compute = on_paper(arch), dtype_from_name(dtype)
         graph = capture(load_model(model).eval())
-        x = torch.empty(batch, 3, size, size, device="meta", dtype=compute)
+        x = Info((batch, 3, size, size), compute, torch.device("cpu"))
+        narrow = compute in (torch.bfloat16, torch.float16)
         wanted = None if backend == "auto" else (backend,)
-        made = make_plan(graph, propagate(graph, (x,), compute), compute, target, backends=wanted)
-    except (NoCandidate, ValueError) as error:
+        made = make_plan(graph, propagate(graph, (x,), compute, narrow), compute, target, backends=wanted)
+    except (NoCandidate, Unplannable, ValueError) as error:
         raise typer.BadParameter(str(error)) from error
     report = of_plan(made, name=model)
     report.notes += [f"{family} {reason}" for family, reason in missing.items()]
