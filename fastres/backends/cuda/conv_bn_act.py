@@ -92,8 +92,6 @@ class Sm80ConvBnAct(CudaCandidate):
         found = []
         for block_m, block_n in _TILES:
             resident = resident_blocks(block_m, block_n, problem.dtype, target.capability)
-            _TILES_FP32 if problem.dtype == torch.float32 else _TILES
-        ).items():
             if (block_m, block_n) != (64, 64) and not whole:
                 continue
             tiles = ceil_div(spec.n * spec.p * spec.q, block_m) * ceil_div(spec.k // groups, block_n) * groups
