@@ -91,7 +91,11 @@ class Engine:
         while True:
             self._check(module, inputs, facts)
             key = self._key(inputs, facts)
-            if key in self.refused or any(isinstance(x, Tensor) and x.shape[:1] == (0,) for x in inputs):
+            if (
+                key in self.refused
+                or any(isinstance(x, Tensor) and x.shape[:1] == (0,) for x in inputs)
+                or (key.device.type == "cpu" and not (facts.finite and finite(inputs)))
+            ):
                 self._renew(module)
                 return self.plain(module, inputs)
             try:
