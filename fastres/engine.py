@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -353,11 +355,25 @@ class _Facts:
 
     dtype: torch.dtype | None
     device: torch.device | None
+    finite: bool
 
     @classmethod
     def of(cls, module: nn.Module) -> _Facts:
-        first = next(module.parameters(), None)
-        return cls(parameter_dtype(module), None if first is None else first.device)
+        held = [*module.parameters(), *module.buffers()]
+        device = next((p.device for p in module.parameters()), None)
+        return cls(parameter_dtype(module), device, device is None or device.type != "cpu" or finite(held))
+
+
+def finite(values: Iterable[Any]) -> bool:
+    """Whether no tensor holds NaN or Inf: they stay in a sum.
+
+    oneDNN's fused ReLU is a maximum that takes NaN for 0 (so it is under torch.compile with freezing); what holds NaN or
+    Inf runs PyTorch's own calls instead. Asking costs one read of the images.
+    """
+    with torch.no_grad():
+        return all(
+            math.isfinite(x.sum().item()) for x in values if isinstance(x, Tensor) and x.is_floating_point()
+        )
 
 
 def _allowed() -> tuple[str, ...] | None:

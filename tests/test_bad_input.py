@@ -112,14 +112,8 @@ def test_a_wrong_number_of_arguments_is_pytorchs_error():
     refused(TypeError, "unexpected keyword", fast, image(), scale=2)
 
 
-ONEDNN = pytest.mark.xfail(
-    not torch.cuda.is_available(),
-    reason="oneDNN's fused ReLU is a maximum that takes NaN for 0 (so it is under torch.compile with freezing)",
-)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("backend", ["reference", pytest.param("auto", marks=ONEDNN)])
+@pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_special_values_go_where_pytorch_sends_them(value, backend):
     model = randomised(torchvision.models.resnet18(num_classes=5)).float()
     fast, x = fastres.accelerate(model, backend=backend), image(2, 3, 40, 40).float()
