@@ -367,8 +367,8 @@ class _Facts:
 def finite(values: Iterable[Any]) -> bool:
     """Whether no tensor holds NaN or Inf: they stay in a sum.
 
-    oneDNN's fused ReLU is a maximum that takes NaN for 0 (so it is under torch.compile with freezing); what holds NaN or
-    Inf runs PyTorch's own calls instead. Asking costs one read of the images.
+    oneDNN's fused ReLU is a maximum that takes NaN for 0 (so it is under torch.compile with freezing); what holds NaN
+    or Inf runs PyTorch's own calls instead. Asking costs one read of the images.
     """
     with torch.no_grad():
         return all(

@@ -1,4 +1,4 @@
-"""What no network can take is refused before anything runs, by the argument's name, with what came and what is taken."""
+"""What no network can take is refused before anything runs: by the argument's name, what came and what is taken."""
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_an_option_is_refused(options, error, match):
 )
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_no_module_is_refused(model):
-    with pytest.raises(TypeError, match="model: got .*, takes an nn.Module"):
+    with pytest.raises(TypeError, match=r"model: got .*, takes an nn\.Module"):
         fastres.accelerate(model)
 
 

@@ -86,7 +86,17 @@ class ConvBnAct(OneDnn):
 
             return launch
         unary = "relu" if spec.act.kind == "relu" else None
-        window = (list(spec.padding), list(spec.stride), list(spec.dilation), spec.groups, "add", 1.0, unary, [], "")
+        window = (
+            list(spec.padding),
+            list(spec.stride),
+            list(spec.dilation),
+            spec.groups,
+            "add",
+            1.0,
+            unary,
+            [],
+            "",
+        )
         if "conv.residual" in buffers.donated:
             conv_sum_ = torch.ops.mkldnn._convolution_pointwise_.binary
 

@@ -1,5 +1,6 @@
 """Which modules are known, by exact type. Subclasses are not: timm's `BatchNormAct2d` is a BatchNorm with an
-activation, its `StdConv2d` a Conv that standardises its weights; taking them for their base class would be silently wrong."""
+activation, its `StdConv2d` a Conv that standardises its weights; taking them for their base class would be silently
+wrong."""
 
 from __future__ import annotations
 

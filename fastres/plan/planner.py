@@ -29,6 +29,14 @@ class Cost:
     kind: str
 
 
+# what a guess must promise to be preferred to a measurement; unmeasured kernels are assumed at half of the roofline
+_DOUBT = 1.5
+
+
+def _doubted(total: float, cost: Cost) -> float:
+    return total + (_DOUBT - 1) * cost.ms if cost.kind == "estimate" else total
+
+
 CostModel = Callable[[Candidate, Problem, Target], Cost]
 
 
@@ -150,6 +158,8 @@ class _Planner:
                         segment = Segment(tuple(covered), match, candidate, problem, cost)
                         extra = 0.0 if self._asked_for(candidate) else _NOT_ASKED_FOR
                         options.append((cost.ms + extra + best[match.stop][0], segment))
+        if any(segment.cost.kind != "estimate" for _, segment in options):
+            options = [(_doubted(total, segment.cost), segment) for total, segment in options]
         if options:
             total, segment = min(options, key=lambda option: option[0])
             segment.others = others

@@ -176,7 +176,8 @@ def test_a_table_with_another_batch_size_counts_scaled(tmp_path, monkeypatch):
     with torch.no_grad():
         fast(image(3))
     (row,) = fast.report(measure=False).rows
-    assert row.basis == "nearest" and row.predicted_ms == pytest.approx(1.5)
+    # at least in proportion to the batch; a launch costs what it costs at any
+    assert row.basis == "nearest" and 4.0 * 3 / 8 <= row.predicted_ms < 2.0
 
 
 def test_tune_off_reads_no_table(tmp_path, monkeypatch):
