@@ -31,7 +31,7 @@ def test_a_network_is_one_call(name, device):
     graph = network(name)
     graph.outputs = ()
     nodes, users = graph.nodes, graph.users()
-    shapes, specs = {0: (1, 3, 64, 64)}, {}
+    shapes, specs = {0: (1, 3, 32, 32)}, {}
     for node in nodes:
         specs[node.output] = spec_of(node, shapes[node.inputs[0]])
         shapes[node.output] = specs[node.output].y_shape
