@@ -41,6 +41,9 @@ def conv_configs(problem: Problem, target: Target, shared: int) -> list[ConvConf
     m = spec.n * spec.p * spec.q
     implicit = _implicit(spec, m, size, target, shared)
     aligned = spec.c * size % 16 == 0 and spec.k * size % 16 == 0
+    if size == 4 and "tf32" not in problem.flags:
+        # Without tensor cores the operands of a whole tile stand in registers: a long reduction a step spills.
+        return list(dict.fromkeys(replace(config, block_k=16) for config in implicit))
     if not (spec.pointwise and spec.stride == (1, 1) and aligned):
         return implicit
     tma = _stationary(spec, m, size, shared) + _persistent(spec, m, size, shared, target)
@@ -232,7 +235,7 @@ def expand_reduce_configs(problem: Problem, target: Target, shared: int) -> list
     # Registers of a thread: z, the step's product, the shortcut's, the middle activation. Beyond these limits
     # the compiler spills (Triton 3.8); only Hopper takes the middle activation from shared memory.
     limit = (200 if shortcut else 230) if target.capability == 90 else 125
-    for block_m, warps in ((128, 8), (64, 8), (64, 4), (32, 4), (16, 2)):
+    for block_m, warps in ((128, 8), (64, 8), (64, 4), (32, 4), (16, 4)):
         for block_e in (64, 32, 128):
             words = wide_z + block_e * (2 if shortcut else 1) + c1 * size // 4
             if words * block_m > limit * 32 * warps:

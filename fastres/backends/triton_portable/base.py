@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,7 +86,3 @@ def pointwise(spec: ConvSpec) -> bool:
 def krsc(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[K, C, R, S] as the row-major matrix [K, R * S * C] in `dtype`."""
     return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1).to(dtype).contiguous()
-
-
-def dedupe(configs: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(configs))
