@@ -55,7 +55,10 @@ def build(name: str) -> nn.Module:
     more = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     if name.startswith(("fcn", "deeplab")):
         more = {"weights_backbone": None}
-    return torchvision.models.get_model(name, weights=None, num_classes=50, **more).eval()
+    model = torchvision.models.get_model(name, weights=None, num_classes=50, **more)
+    if name.startswith("vgg"):
+        model.classifier = nn.Linear(512 * 49, 50)  # its own is 100 million parameters of nothing new
+    return model.eval()
 
 
 def tensors(out) -> list[torch.Tensor]:
@@ -104,4 +107,5 @@ def test_the_output_is_the_originals_and_every_convolution_is_accounted_for(name
     }
     assert not missing
     by_kernels = {layer for row in report.rows if row.candidate != "PyTorch" for layer in row.layers}
-    assert len(by_kernels & expected_layers) >= len(expected_layers) * 0.8, "most of them run in kernels"
+    images = {n for n in expected_layers if isinstance(model.get_submodule(n), nn.Conv2d)}
+    assert len(by_kernels & images) >= len(images) * 0.8, "most of them run in kernels"
