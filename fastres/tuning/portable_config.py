@@ -234,7 +234,7 @@ def expand_reduce_configs(problem: Problem, target: Target, shared: int) -> list
     found = []
     # Registers of a thread: z, the step's product, the shortcut's, the middle activation. Beyond these limits
     # the compiler spills (Triton 3.8); only Hopper takes the middle activation from shared memory.
-    limit = (200 if shortcut else 230) if target.capability == 90 else 125
+    limit = (200 if shortcut else 230) if target.capability == 90 and size == 2 else 125
     for block_m, warps in ((128, 8), (64, 8), (64, 4), (32, 4), (16, 4)):
         for block_e in (64, 32, 128):
             words = wide_z + block_e * (2 if shortcut else 1) + c1 * size // 4
