@@ -158,6 +158,31 @@ def test_a_donated_tensor_is_read_by_nobody_else():
                 assert seen == [[], [], []]
 
 
+def test_what_a_launch_returns_never_lies_in_the_arena():
+    """A sum made in a donated buffer's memory would be overwritten by who gets that place next."""
+
+    def forward(m, x):
+        y = m.a(x)
+        z = m.one(m.b(x)) + y
+        u = F.relu(m.c(F.relu(m.d(z))))
+        return m.e(u) + z
+
+    def prefer(candidate, problem):
+        if problem.pattern != "conv_bn_act":
+            return 1e6
+        wanted = "donating" if problem["conv"].kernel == (1, 1) else "fake"
+        return 1.0 if candidate.backend == wanted else 1e6
+
+    children = {name: conv_bn(4, 4) for name in "abcde"}
+    with registered(*writing_set(), Donating(patterns.CONV_BN_ACT)):
+        model = randomised(Net(forward, one=conv_bn(4, 4, 1), **children))
+        context = context_of(model, image(), prefer)
+        assert "fake.conv_bn_act" in ran(context) and "writing.conv_bn_act" in ran(context)
+        with torch.no_grad():
+            for seed in range(2):
+                close(context.run((image(seed=seed),)), model(image(seed=seed)))
+
+
 def test_outputs_are_the_callers_own():
     with registered(*writing_set()):
         model = randomised(nn.Sequential(*conv_bn(4, 6), nn.ReLU()))
