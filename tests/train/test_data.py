@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torchvision.io import write_png
+from PIL import Image
 
 from fastres.train import Recipe, data
 from fastres.train.distributed import Processes
@@ -78,8 +78,8 @@ def _folder(root, splits):
         for label in classes:
             (root / split / label).mkdir(parents=True)
             for i in range(4):
-                image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
-                write_png(image, str(root / split / label / f"{i}.png"))
+                pixels = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(root / split / label / f"{i}.png")
     return root
 
 

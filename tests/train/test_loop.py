@@ -210,14 +210,14 @@ def test_digits_from_scratch_reach_97_percent():
 
 @pytest.mark.train
 def test_resnet11_trains_from_scratch():
-    result = train(Recipe(data="digits", model="resnet11", epochs=6))
+    result = train(Recipe(data="digits", model="resnet11", epochs=10, lr=0.2))
     assert result.accuracy >= 0.9, result.history[-1]
 
 
 @pytest.mark.train
 def test_fine_tuning_on_other_labels_learns(tmp_path, monkeypatch):
     """From telling digits to telling odd from even, with stem and first stage frozen."""
-    train(Recipe(data="digits", model="resnet11", epochs=3, out=str(tmp_path)))
+    train(Recipe(data="digits", model="resnet11", epochs=4, lr=0.2, out=str(tmp_path)))
     loaded = data.digits(32)
     odd = copy.deepcopy(loaded.test.tensors[1]) % 2
     loaded.test.tensors = (loaded.test.tensors[0], odd)
