@@ -29,7 +29,8 @@ class Buffers:
 
     Attributes:
         tensors: input name ("conv.x", "expand.residual") or output role ("conv") → tensor. Activations are logical
-            [N, C, H, W] in channels_last strides, dense, 16-byte aligned; [N, C] after a flat pool.
+            [N, C, H, W] in channels_last strides, dense, 16-byte aligned; [N, C] after a flat pool. Inputs that the
+            candidate names in `planar` may be contiguous instead: their strides tell.
         counters: int32, as many as `Candidate.counters` asked for, zero at the start of every run; or None.
         workspace: uint8, as many bytes as `Candidate.workspace` asked for, undefined, 256-byte aligned; or None.
         donated: names of inputs that nobody reads after this call: a launch may write its result over them.
@@ -85,6 +86,11 @@ class Candidate:
         if floor is None:
             floor = 1e-9 * problem.flops + 1e-7 * problem.bytes
         return floor / self.efficiency + _LAUNCH_MS
+
+    def planar(self, problem: Problem) -> frozenset[str]:
+        """Names of inputs that it reads contiguous ([N, C, H, W] in memory) as well as channels_last: what comes from
+        outside in that order is then handed over as it lies, where others get a copy in channels_last."""
+        return frozenset()
 
     def counters(self, problem: Problem, config: Any) -> int:
         """How many int32 counters a launch needs, zeroed at the start of every run."""

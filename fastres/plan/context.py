@@ -22,6 +22,7 @@ from fastres.plan.steps import (
     Step,
     Values,
     Writing,
+    activation_strides,
     join,
     nhwc_strides,
 )
@@ -47,6 +48,7 @@ class Context:
         self._count = 1 + max(plan.shapes.values, default=0)
         self._allocate()
         self._steps = self._unjoined = self._build()
+        self._planar = _planar_inputs(plan)
         self._joined = False
         self.values: Values = [None] * self._count
 
@@ -100,7 +102,7 @@ class Context:
         lasting = {*plan.graph.inputs, *self.buffers}
         deaths = [[v for v in dead if v not in lasting] for dead in _deaths(plan)]
         # other values are brought into form for kernels, in a place of their own: opaque calls read them as they came
-        places: dict[tuple[int, torch.dtype], int] = {}
+        places: dict[tuple[int, torch.dtype, bool], int] = {}
         last_use: dict[int, int] = {}
         steps: list[Step] = []
         for index, segment in enumerate(plan.segments):
@@ -111,15 +113,18 @@ class Context:
                 places = {key: place for key, place in places.items() if key[0] not in read}
                 continue
             reads: dict[str, int] = {}
+            planar = segment.candidate.planar(segment.problem)
             for name, value in segment.match.inputs:
-                dtype = segment.problem.input_dtype(name)
-                if value not in ready and (value, dtype) not in places:
-                    places[value, dtype] = self._count
-                    steps.append(Convert(value, self._count, dtype))
+                if value in ready:
+                    reads[name] = value
+                    continue
+                form = value, segment.problem.input_dtype(name), name in planar
+                if form not in places:
+                    places[form] = self._count
+                    steps.append(Convert(value, self._count, *form[1:]))
                     self._count += 1
-                reads[name] = value if value in ready else places[value, dtype]
-                if value not in ready:
-                    last_use[reads[name]] = index
+                reads[name] = places[form]
+                last_use[reads[name]] = index
             make = Allocating if segment.candidate.allocates else Writing
             steps.append(make(segment, self, index, reads, deaths[index]))
         for place, index in last_use.items():
@@ -163,7 +168,8 @@ class Context:
             if self.static_inputs and isinstance(x, Tensor):
                 held = values[value]
                 if held is None:
-                    held = values[value] = _input_buffer(x, self._input_dtype(x), self.device)
+                    planar = value in self._planar
+                    held = values[value] = _input_buffer(x, self._input_dtype(x), self.device, planar)
                 held.copy_(x)
             else:
                 values[value] = x
@@ -220,9 +226,21 @@ def _block(size: int, device: torch.device) -> Tensor:
     return made[skip : skip + size]
 
 
-def _input_buffer(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _input_buffer(x: Tensor, dtype: torch.dtype, device: torch.device, planar: bool) -> Tensor:
     with torch.inference_mode(False):
-        return torch.empty_strided(x.shape, nhwc_strides(tuple(x.shape)), dtype=dtype, device=device)
+        return torch.empty_strided(x.shape, activation_strides(x, planar), dtype=dtype, device=device)
+
+
+def _planar_inputs(plan: Plan) -> set[int]:
+    """The graph's inputs that every kernel which reads them takes contiguous too: their buffers get the first call's
+    order, and the copy into them is a plain one."""
+    taken: dict[int, bool] = {}
+    for segment in plan.segments:
+        if segment.candidate is not None:
+            planar = segment.candidate.planar(segment.problem)
+            for name, value in segment.match.inputs:
+                taken[value] = taken.get(value, True) and name in planar
+    return {value for value in plan.graph.inputs if taken.get(value, False)}
 
 
 def _own(tree: Any, mine: set[int], everything: bool) -> Any:

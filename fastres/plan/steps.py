@@ -39,15 +39,16 @@ def nhwc_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 class Convert:
-    """Brings a value of the user's (or an opaque call's) making into dense channels_last in the compute type."""
+    """Brings a value of the user's (or an opaque call's) making into dense channels_last in the compute type; with
+    `planar`, a contiguous value keeps its order."""
 
     segment = None
 
-    def __init__(self, value: int, place: int, dtype: torch.dtype):
-        self.value, self.place, self.dtype = value, place, dtype
+    def __init__(self, value: int, place: int, dtype: torch.dtype, planar: bool = False):
+        self.value, self.place, self.dtype, self.planar = value, place, dtype, planar
 
     def __call__(self, values: Values) -> None:
-        values[self.place] = as_activation(values[self.value], self.dtype)
+        values[self.place] = as_activation(values[self.value], self.dtype, self.planar)
 
 
 class Evaluate:
@@ -120,13 +121,14 @@ class Writing:
         self.dynamic = tuple(v for v in reads.values() if v not in context.buffers)
         self.donated = context.donated(segment, index)
         self.launch = None
-        self.pointers: list[int] = []
+        self.memory: list[tuple] = []
 
     def __call__(self, values: Values) -> None:
         try:
-            pointers = [values[v].data_ptr() for v in self.dynamic]
-            if self.launch is None or pointers != self.pointers:
-                self.launch, self.pointers = self._bind(values), pointers
+            # the same address may hold a tensor of another order
+            memory = [(values[v].data_ptr(), values[v].stride()) for v in self.dynamic]
+            if self.launch is None or memory != self.memory:
+                self.launch, self.memory = self._bind(values), memory
             self.launch()
         except torch.OutOfMemoryError:
             raise
@@ -192,9 +194,16 @@ class _Joinable:
         return Bound(self.segments, self.launches[0] if single else self.join(self.launches))
 
 
-def as_activation(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`, dense in channels_last (4 dimensions) or row-major strides."""
-    wanted = nhwc_strides(tuple(x.shape))
+def activation_strides(x: Tensor, planar: bool) -> tuple[int, ...]:
+    """The strides in which a kernel takes x: its own where it is contiguous and that is taken, else `nhwc_strides`."""
+    shape = tuple(x.shape)
+    row_major = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return row_major if planar and x.stride() == row_major else nhwc_strides(shape)
+
+
+def as_activation(x: Tensor, dtype: torch.dtype, planar: bool = False) -> Tensor:
+    """x in `dtype`, dense in channels_last (4 dimensions) or row-major strides; `planar`: contiguous is taken too."""
+    wanted = activation_strides(x, planar)
     if x.dtype == dtype and x.stride() == wanted:
         return x
     made = torch.empty_strided(x.shape, wanted, dtype=dtype, device=x.device)

@@ -81,8 +81,10 @@ def make_nodes(problem: Problem, device, seed: int = 0, integers: bool = False) 
     return nodes
 
 
-def make_inputs(problem: Problem, device, seed: int = 0, integers: bool = False) -> dict[str, Tensor]:
-    """Random inputs by name, in channels_last where they have four dimensions."""
+def make_inputs(
+    problem: Problem, device, seed: int = 0, integers: bool = False, planar: frozenset[str] = frozenset()
+) -> dict[str, Tensor]:
+    """Random inputs by name, in channels_last where they have four dimensions and are not named in `planar`."""
     generator = torch.Generator().manual_seed(seed + 1)
     inputs = {}
     for name in problem.inputs:
@@ -94,7 +96,8 @@ def make_inputs(problem: Problem, device, seed: int = 0, integers: bool = False)
         else:
             value = torch.randn(shape, generator=generator).to(dtype)
         value = value.to(device)
-        inputs[name] = value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+        rows = value.dim() == 4 and name not in planar
+        inputs[name] = value.contiguous(memory_format=torch.channels_last) if rows else value
     return inputs
 
 
@@ -209,15 +212,19 @@ def check_candidate(
     seed: int = 0,
     integers: bool = False,
     runs: int = 2,
+    planar: bool = False,
 ) -> None:
     """Run `candidate` on random data and hold every output to the oracle.
 
     Outputs are NaN-poisoned and guarded, the workspace holds garbage, `runs` runs must agree bit by bit and
     leave the inputs alone. `integers`: whole inputs, and every element must be exact where layers allow it
     (identity, ReLU, ReLU6, no mean); intermediate values are rounded to `problem.dtype`, as between kernels.
+    `planar`: the inputs that the candidate takes contiguous come so.
     """
     nodes = make_nodes(problem, device, seed, integers)
-    inputs = make_inputs(problem, device, seed, integers)
+    names = candidate.planar(problem) if planar else frozenset()
+    assert names or not planar, f"{candidate} takes channels_last only"
+    inputs = make_inputs(problem, device, seed, integers, names)
     parameters = {role: LayerParameters(node) for role, node in nodes.items()}
     constants = candidate.prepare(problem, config, parameters)
     tensors, guards, outputs = {}, [], {}
@@ -225,7 +232,8 @@ def check_candidate(
         if value.dtype == torch.uint8:
             tensors[name] = value.clone(memory_format=torch.preserve_format)
             continue
-        tensors[name], guard = guarded(value.shape, value.dtype, device=device)
+        layout = "nchw" if name in names else "nhwc"
+        tensors[name], guard = guarded(value.shape, value.dtype, layout=layout, device=device)
         tensors[name].copy_(value)
         guards.append(guard)
     if not candidate.allocates:

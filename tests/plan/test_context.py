@@ -257,6 +257,57 @@ def test_static_inputs_are_copied_in_and_results_out():
     assert torch.equal(held, image(seed=2)) and held.is_contiguous(memory_format=torch.channels_last)
 
 
+class Planar(Writing):
+    """Reads its first input in either order, and notes the strides that it was bound to."""
+
+    def __init__(self, pattern):
+        super().__init__(pattern)
+        self.strides = []
+
+    def planar(self, problem):
+        return frozenset(problem.inputs[:1])
+
+    def bind(self, problem, config, buffers, constants):
+        self.strides.append(buffers[problem.inputs[0]].stride())
+        return super().bind(problem, config, buffers, constants)
+
+
+def test_a_kernel_that_takes_both_orders_gets_the_input_as_it_lies():
+    planes, rows = image(), image().contiguous(memory_format=torch.channels_last)
+    sliced = torch.cat([image(), image()], 3)[..., ::2]
+    with registered(candidate := Planar(patterns.CONV_BN_ACT)):
+        model = randomised(nn.Sequential(*conv_bn(4, 6), nn.ReLU()))
+        context = context_of(model, planes, by_backend(fake=1.0))
+        # one memory, two orders: the address alone does not tell them apart
+        moving = planes.flatten().clone()
+        with torch.no_grad():
+            for x in (planes, rows, sliced):
+                moving.view(planes.shape).copy_(x)
+                close(context.run((moving.view(planes.shape),)), model(x))
+                as_rows = moving.as_strided(rows.shape, rows.stride()).copy_(x)
+                close(context.run((as_rows,)), model(x))
+                close(context.run((x,)), model(x))
+    kept = {planes.stride(), rows.stride()}
+    assert set(candidate.strides) == kept and sliced.stride() not in kept
+
+
+@pytest.mark.parametrize("both", [False, True], ids=["one reader", "another reader takes channels_last"])
+def test_a_static_input_has_the_order_that_all_its_readers_take(both):
+    others = writing_set()[1:] if both else []
+    with registered(candidate := Planar(patterns.CONV_BN_ACT), *others):
+        net = Net(lambda m, x: (m.a(x), m.pool(x)) if both else m.a(x), a=conv_bn(4, 4), pool=nn.MaxPool2d(2))
+        model = randomised(net)
+        context = context_of(model, image(), by_backend(fake=1.0), static_inputs=True)
+        with torch.no_grad():
+            for x in (image(seed=1), image(seed=2).contiguous(memory_format=torch.channels_last)):
+                got, expected = context.run((x,)), model(x)
+                for ours, theirs in zip(got, expected, strict=True) if both else [(got, expected)]:
+                    close(ours, theirs)
+    (held,) = context.input_buffers()
+    assert held.is_contiguous(memory_format=torch.channels_last) == both
+    assert set(candidate.strides) == {held.stride()}
+
+
 def test_memory_is_what_is_held():
     with registered(*writing_set()):
         model = randomised(nn.Sequential(*conv_bn(4, 6), nn.ReLU()))
