@@ -1,6 +1,7 @@
 """Tuning: every configuration is tried, the best is written with its peers, and a second run measures
 nothing."""
 
+import csv
 import json
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from fastres import backends
 from fastres.activation import RELU
 from fastres.plan.candidate import REGISTRY, Candidate
 from fastres.plan.pattern import CONV_BN_ACT, MAX_POOL
@@ -17,6 +19,7 @@ from fastres.plan.problem import ConvSpec, Problem
 from fastres.plan.target import detect
 from fastres.tuning import table, tune
 from fastres.tuning.config import Config, from_dict, to_dict
+from fastres.tuning.workers import Answer, ask
 
 CPU = torch.device("cpu")
 TARGET = detect(CPU)
@@ -83,7 +86,7 @@ def run(problems, user, **options):
 
 def test_the_fastest_configuration_that_runs_is_written_with_its_peers(registry, tmp_path):
     fast, other = registry.register(Fake("fake.a")), registry.register(Fake("fake.b"))
-    results = {result.candidate: result for result in run([problem()], tmp_path)}
+    results = {result.candidate: result for result in run([problem()], tmp_path, thorough=True)}
     assert fast.bound == list(Fake.choices)
     assert results["fake.a"].config == Work(2)
     content = json.loads(table.path(tmp_path, TARGET.arch, "fake.a").read_text())
@@ -163,10 +166,14 @@ def test_the_command_tunes_on_this_machine(tmp_path, monkeypatch):
         "cpu",
         "--candidates",
         "onednn",
+        "--out",
+        str(tmp_path / "out"),
     ]
     ran = CliRunner().invoke(app, arguments)
     assert ran.exit_code == 0, ran.output
     assert " 0 failed" in ran.output and list((tmp_path / "tables").rglob("onednn.*.json"))
+    assert "fastest" in ran.output and "onednn.conv_bn_act" in ran.output
+    assert list((tmp_path / "out").rglob("onednn.*.json")) and (tmp_path / "out" / "trials.csv").is_file()
     again = CliRunner().invoke(app, arguments)
     assert "0 measured, 0 failed" in again.output
     assert CliRunner().invoke(app, ["--candidates", "nobody"]).exit_code != 0
@@ -174,14 +181,46 @@ def test_the_command_tunes_on_this_machine(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_trials_run_in_processes_of_their_own_and_failures_are_told_apart():
-    from fastres import backends
-
     backends.load()
     reference = next(c for c in REGISTRY.for_pattern(CONV_BN_ACT) if c.accepts(problem(), TARGET) is None)
     good = [tune.Trial(reference.name, problem(n), 0) for n in (1, 2, 3)]
     bad = tune.Trial("fake.nobody", problem(), 0)
-    unfit = tune._compile([*good, bad], TARGET, CPU, jobs=2)
-    assert set(unfit) == {bad} and "fake.nobody" in unfit[bad]
+    answers = dict(ask([*good, bad], tune.first_run, (TARGET, "cpu"), jobs=2, patience_s=60))
+    assert "fake.nobody" in answers.pop(bad).reason
+    assert answers == {trial: Answer() for trial in good}
+
+
+def test_slow_candidates_get_their_first_choices_only(registry, tmp_path):
+    slow, fast = Fake("fake.slow"), Fake("fake.fast")
+    slow.choices = tuple(Work(rounds) for rounds in (900, 901, 902))
+    fast.choices = tuple(Work(rounds) for rounds in (2, 3, 4))
+    for fake in (slow, fast):
+        registry.register(fake)
+    run([problem()], tmp_path)
+    assert slow.bound == list(slow.choices[:2]) and fast.bound == list(fast.choices)
+
+
+def test_nothing_is_begun_when_the_time_is_up_and_what_was_measured_is_kept(registry, tmp_path):
+    for name in ("fake.a", "fake.b"):
+        registry.register(Fake(name))
+    none = run([problem()], tmp_path, limit_s=0.0)
+    assert [result.reason for result in none] == ["the time was up before its turn"] * 2
+    assert not list(tmp_path.rglob("*.json"))
+
+    def interrupted(self, *args):
+        if self.answers:
+            raise KeyboardInterrupt
+        self.answers["fake.a", problem()] = {2: Answer(0.5)}
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(tune._Run, "wave", interrupted)
+        run([problem()], tmp_path, log_to=tmp_path / "trials.csv")
+    entries = json.loads(table.path(tmp_path, TARGET.arch, "fake.a").read_text())["entries"]
+    assert entries[problem().key]["ms"] == 0.5
+    with open(tmp_path / "trials.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["candidate"], row["ms"], row["config"]) == ("fake.a", "0.500000", "rounds=2 broken=0")
+    assert row["torch"] == torch.__version__
 
 
 def test_configurations_survive_json(registry):

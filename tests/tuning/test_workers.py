@@ -1,0 +1,44 @@
+"""Work in processes of their own: whatever becomes of a piece, every piece gets its answer."""
+
+import time
+
+import pytest
+from pieces import do
+
+from fastres.tuning import workers
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """A process may take 20 s to start here, and need not be waited for when it ends."""
+    monkeypatch.setattr(workers, "_START_S", 20.0)
+
+
+def test_pieces_that_raise_crash_or_hang_have_reasons_and_the_others_their_values(quick):
+    pieces = ["a", "raise", "b", "exit", "c", "hang", "d", "device", "e"]
+    answers = dict(workers.ask(pieces, do, ("hello",), jobs=1, patience_s=0.5))
+    assert list(answers) == pieces
+    for name in "abcde":
+        assert answers[name] == workers.Answer(f"hello {name}")
+    assert answers["raise"].reason == "RuntimeError: no such luck"
+    assert answers["exit"].reason == "its process ended with exit code 3"
+    assert "did not end within" in answers["hang"].reason
+    assert "illegal memory access" in answers["device"].reason
+
+
+def test_pieces_may_depend_on_answers_and_none_is_begun_after_the_time_is_up(quick):
+    answers = []
+
+    def pieces():
+        yield "first"
+        assert answers == ["hello first"]
+        yield "second"
+        yield "third"
+
+    for piece, answer in workers.ask(pieces(), do, ("hello",), jobs=1, patience_s=10):
+        answers.append(answer.value)
+        assert piece != "third"
+        if piece == "second":
+            break
+    begun = workers.ask(iter(["late"]), do, ("hello",), jobs=1, patience_s=10, until=time.monotonic() - 1)
+    assert list(begun) == []
