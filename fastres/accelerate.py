@@ -111,7 +111,7 @@ class Accelerated:
         state: _State = self._fastres
         engine, original = state.engine, state.original
         if torch.compiler.is_compiling():
-            graph = engine.graphs.get(original.training)
+            graph = engine.prepared.graphs.get(original.training)
             if kwargs or graph is None or isinstance(graph, CaptureError):
                 return type(original).forward(original, *args, **kwargs)
             return engine.plain(original, args, graph)
@@ -276,7 +276,7 @@ def _part(child: nn.Module, options: Options) -> nn.Module | None:
     if not any(isinstance(m, nn.Conv2d) for m in child.modules()):
         return None
     made = _restore(child, replace(options, normalize=None))
-    graph = made._fastres.engine.graphs.get(child.training)
+    graph = made._fastres.engine.prepared.graphs.get(child.training)
     if isinstance(graph, CaptureError) or not any(isinstance(node, Conv) for node in graph.nodes):
         return None
     # the whole model warns for all of its parts

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,13 +27,13 @@ from fastres.graph.evaluate import evaluate, normalize
 from fastres.graph.ir import Graph
 from fastres.graph.versions import Watch
 from fastres.plan import planner
-from fastres.plan.constants import Constants
 from fastres.plan.context import Context
 from fastres.plan.planner import Plan
 from fastres.plan.problem import Problem
 from fastres.plan.specs import Unplannable, propagate
 from fastres.plan.steps import CandidateFailed
 from fastres.plan.target import detect
+from fastres.prepared import Asleep, Facts, Prepared, finite
 
 log = logging.getLogger("fastres")
 
@@ -65,14 +63,10 @@ class Engine:
         self._clear()
 
     def _clear(self) -> None:
-        self.watch: Watch | None = None
-        self._facts: _Facts | None = None
-        self.graphs: dict[bool, Graph | CaptureError] = {}
-        self.plans: OrderedDict[Key, Plan] = OrderedDict()
+        self.prepared = Prepared()
+        self._asleep = Asleep()
+        # (candidate, problem) that failed when it ran, and why
         self.dropped: dict[tuple[str, Problem], str] = {}
-        self.constants = Constants()
-        # inputs that no plan takes, and why
-        self.refused: dict[Key, str] = {}
         self._idle: OrderedDict[tuple, list[Context]] = OrderedDict()
         self._expired = False
 
@@ -86,7 +80,7 @@ class Engine:
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """The module's inference result for positional `inputs`. `plannable` said that it may be planned."""
-        watch, facts = self.watch, self._facts
+        watch, facts = self.prepared.watch, self.prepared.facts
         ahead = facts is not None and any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
         if not ahead:
             watch, facts = self._renew(module)
@@ -94,7 +88,7 @@ class Engine:
             self._check(module, inputs, facts)
             key = self._key(inputs, facts)
             if (
-                key in self.refused
+                key in self.prepared.refused
                 or any(isinstance(x, Tensor) and x.shape[:1] == (0,) for x in inputs)
                 or (key.device.type == "cpu" and not (facts.finite and finite(inputs)))
             ):
@@ -113,7 +107,7 @@ class Engine:
                 continue
             except Unplannable as error:
                 log.info("no plan for %s: %s", key.inputs, error)
-                self.refused[key] = str(error)
+                self.prepared.refused[key] = str(error)
                 continue
             self._give_back(key, context)
             # asked while a GPU works: what was stale is prepared again and run again
@@ -164,13 +158,13 @@ class Engine:
     def graph(self, module: nn.Module) -> Graph:
         """The module's graph in its present mode. Raises CaptureError, always the same one, where there is none."""
         with self.lock:
-            made = self.graphs.get(module.training)
+            made = self.prepared.graphs.get(module.training)
             if made is None:
                 try:
                     made = capture(module, None if module.training else self.options.normalize)
                 except CaptureError as error:
                     made = error
-                self.graphs[module.training] = made
+                self.prepared.graphs[module.training] = made
         if isinstance(made, CaptureError):
             raise made
         return made
@@ -186,16 +180,16 @@ class Engine:
 
     def _plan(self, key: Key, graph: Graph, inputs: tuple[Any, ...]) -> Plan:
         with self.lock:
-            plan = self.plans.get(key)
+            plan = self.prepared.plans.get(key)
             if plan is None:
                 started = time.perf_counter()
                 plan = self._make_plan(key, graph, inputs)
-                self.plans[key] = plan
-                while len(self.plans) > MAX_PLANS:
-                    self.plans.popitem(last=False)
+                self.prepared.plans[key] = plan
+                while len(self.prepared.plans) > MAX_PLANS:
+                    self.prepared.plans.popitem(last=False)
                 took = time.perf_counter() - started
                 log.info("planned %s in %.2f s: %d steps", key.inputs, took, len(plan.segments))
-            self.plans.move_to_end(key)
+            self.prepared.plans.move_to_end(key)
             return plan
 
     def _make_plan(self, key: Key, graph: Graph, inputs: tuple[Any, ...]) -> Plan:
@@ -229,20 +223,21 @@ class Engine:
             idle = self._idle.get((key, stream))
             while idle:
                 context = idle.pop()
-                if context.generation == self.constants.generation:
-                    if key in self.plans:
-                        self.plans.move_to_end(key)
+                if context.generation == self.prepared.constants.generation:
+                    if key in self.prepared.plans:
+                        self.prepared.plans.move_to_end(key)
                     context.slot = (key, stream)
                     return context
             plan = self._plan(key, self.graph(module), inputs)
         graphs = key.device.type == "cuda" and self.options.graphs != "off"
-        context = Context(plan, self.constants, key.device, static_inputs=graphs)
+        context = Context(plan, self.prepared.constants, key.device, static_inputs=graphs)
         context.slot = (key, stream)
         return context
 
     def _give_back(self, key: Key, context: Context) -> None:
         with self.lock:
-            if context.generation != self.constants.generation or self.plans.get(key) is not context.plan:
+            now = self.prepared
+            if context.generation != now.constants.generation or now.plans.get(key) is not context.plan:
                 return
             self._idle.setdefault(context.slot, []).append(context)
             self._idle.move_to_end(context.slot)
@@ -260,30 +255,42 @@ class Engine:
         with self.lock:
             reason = str(failure.error).strip().splitlines() or [repr(failure.error)]
             self.dropped[segment.candidate.name, segment.problem] = f"failed: {reason[0]}"
-            self.plans.clear()
+            self.prepared.plans.clear()
             self._idle.clear()
 
     # -- staleness ---------------------------------------------------------------------------------------------------
 
-    def _renew(self, module: nn.Module, check_tensors: bool = True) -> tuple[Watch, _Facts]:
+    def _renew(self, module: nn.Module, check_tensors: bool = True) -> tuple[Watch, Facts]:
         """Brings graphs, constants and facts up to date."""
         with self.lock:
-            if self.watch is not None and not self.watch.same_structure():
-                self._clear()
-            if self.watch is None:
-                self.watch = Watch(module, self._apart(module))
-                self._facts = _Facts.of(module)
-            elif check_tensors and (self._expired or not self.watch.same_tensors()):
-                if (
-                    self.watch.moved()
-                    and self._facts.device is not None
-                    and self._facts.device.type == "cuda"
-                ):
+            if self.prepared.watch is not None and not self.prepared.watch.same_structure():
+                self._leave()
+            prepared = self.prepared
+            if prepared.watch is None:
+                prepared.watch = Watch(module, self._apart(module))
+                prepared.facts = Facts.of(module)
+            elif check_tensors and (self._expired or not prepared.watch.same_tensors()):
+                device = prepared.facts.device
+                if prepared.watch.moved() and device is not None and device.type == "cuda":
                     # what is called as it is reads its parameters where a CUDA graph found them
-                    self.constants.generation += 1
+                    prepared.constants.generation += 1
                 self.refold()
-                self._facts = _Facts.of(module)
-            return self.watch, self._facts
+                prepared.facts = Facts.of(module)
+            return prepared.watch, prepared.facts
+
+    def _leave(self) -> None:
+        """The network has changed. If it is only in other modes, what is prepared is kept for when it comes back;
+        buffers and CUDA graphs are given up, training wants the memory."""
+        left = self.prepared
+        modes = left.watch.modes_now()
+        if modes == left.watch.modes:
+            self._clear()
+            return
+        self._asleep.put(left)
+        self._idle.clear()
+        awake = self._asleep.wake(modes)
+        self.prepared = awake or Prepared()
+        self._expired = awake is not None
 
     def _apart(self, module: nn.Module) -> tuple[nn.Module, ...]:
         """What no trace looks into."""
@@ -301,9 +308,9 @@ class Engine:
         """Prepares every constant again from the parameters as they are now."""
         with self.lock:
             self._expired = False
-            if self.watch is not None:
-                self.watch.renew()
-                self.constants.renew()
+            if self.prepared.watch is not None:
+                self.prepared.watch.renew()
+                self.prepared.constants.renew()
 
     def expire(self) -> None:
         """Prepares every constant again at the next call."""
@@ -314,7 +321,7 @@ class Engine:
         with self.lock:
             self._clear()
 
-    def _key(self, inputs: tuple[Any, ...], facts: _Facts) -> Key:
+    def _key(self, inputs: tuple[Any, ...], facts: Facts) -> Key:
         device = device_of(inputs)
         flags = []
         if device.type == "cuda":
@@ -330,7 +337,7 @@ class Engine:
         )
         return Key(shapes, device, dtype, tuple(flags), torch.get_num_threads(), mixed)
 
-    def _check(self, module: nn.Module, inputs: tuple[Any, ...], facts: _Facts) -> None:
+    def _check(self, module: nn.Module, inputs: tuple[Any, ...], facts: Facts) -> None:
         """`check_inputs`, skipped for the one input that a network usually has, where it is what the parameters are."""
         first = inputs[0]
         usual = len(inputs) == 1 and isinstance(first, Tensor) and self.options.normalize is None
@@ -347,33 +354,6 @@ class Engine:
         if torch.is_autocast_enabled(device.type):
             return torch.get_autocast_dtype(device.type)
         return parameters
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What is asked about a module's parameters at every call, read once."""
-
-    dtype: torch.dtype | None
-    device: torch.device | None
-    finite: bool
-
-    @classmethod
-    def of(cls, module: nn.Module) -> _Facts:
-        held = [*module.parameters(), *module.buffers()]
-        device = next((p.device for p in module.parameters()), None)
-        return cls(parameter_dtype(module), device, device is None or device.type != "cpu" or finite(held))
-
-
-def finite(values: Iterable[Any]) -> bool:
-    """Whether no tensor holds NaN or Inf: they stay in a sum.
-
-    oneDNN's fused ReLU is a maximum that takes NaN for 0 (so it is under torch.compile with freezing); what holds NaN
-    or Inf runs PyTorch's own calls instead. Asking costs one read of the images.
-    """
-    with torch.no_grad():
-        return all(
-            math.isfinite(x.sum().item()) for x in values if isinstance(x, Tensor) and x.is_floating_point()
-        )
 
 
 def _allowed() -> tuple[str, ...] | None:

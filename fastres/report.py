@@ -117,10 +117,10 @@ def report(module: nn.Module, inputs: Any, measure: bool, name: str = "") -> Rep
             raise ValueError("report: the model is in training mode, plans run in eval mode")
         _run(module, inputs)
     made = Report(name)
-    if engine.plans:
-        key, plan = next(reversed(engine.plans.items()))
+    if engine.prepared.plans:
+        key, plan = next(reversed(engine.prepared.plans.items()))
         made = of_plan(plan, key=key, engine=engine if measure else None, name=name)
-    for refused, why in engine.refused.items():
+    for refused, why in engine.prepared.refused.items():
         shapes = ", ".join("x".join(map(str, shape)) for shape, _ in refused.inputs)
         made.notes.append(f"{name} {shapes}: no plan, PyTorch's own calls run: {why}")
     if state is not None and state.parts is not None:
@@ -190,7 +190,7 @@ def _row(segment: Segment, ms: float | None, target: Target) -> Row:
 def _measured(plan: Plan, key: Key, engine: Engine) -> list[float]:
     """Milliseconds of every step: medians over a few runs on random inputs."""
     device = key.device
-    context = Context(plan, engine.constants, device, static_inputs=False)
+    context = Context(plan, engine.prepared.constants, device, static_inputs=False)
     inputs = tuple(_example(shape, dtype, device) for shape, dtype in key.inputs)
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         context.run(inputs)

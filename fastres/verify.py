@@ -121,7 +121,7 @@ def _plain(original: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
 def _layers(engine: Engine, original: nn.Module, inputs: tuple[Tensor, ...]):
     plan = engine.plan_for(original, inputs)
     key: Key = engine.key(original, inputs)
-    context = Context(plan, engine.constants, key.device, static_inputs=False)
+    context = Context(plan, engine.prepared.constants, key.device, static_inputs=False)
     with torch.inference_mode(False), torch.autocast(key.device.type, enabled=False):
         held: dict[int, Any] = dict(zip(plan.graph.inputs, inputs, strict=True))
         for segment in context.observe(inputs):

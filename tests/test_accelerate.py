@@ -450,7 +450,7 @@ def test_what_threads_prepared_together_is_renewed_for_all_of_them():
             close(fast(image()), expected)
         fast._fastres.engine._renew(fast.original)
         for context in contexts:
-            if context.generation == fast._fastres.engine.constants.generation:
+            if context.generation == fast._fastres.engine.prepared.constants.generation:
                 close(context.run((image(),)), expected)
 
 
@@ -459,9 +459,9 @@ def test_warmup_plans_and_release_forgets():
     engine = fast._fastres.engine
     fast.warmup((2, 3, 33, 33))
     fast.warmup([(1, 3, 33, 33), (1, 3, 40, 40)])
-    assert len(engine.plans) == 3
+    assert len(engine.prepared.plans) == 3
     fast.release()
-    assert not engine.plans and not engine._idle and not engine.constants._made
+    assert not engine.prepared.plans and not engine._idle and not engine.prepared.constants._made
     with torch.no_grad():
         assert fast(torch.randn(1, 3, 33, 33)).shape == (1, 5)
 
@@ -481,7 +481,7 @@ def test_plans_of_many_shapes_are_bounded():
     with torch.no_grad():
         for size in range(3, engine.MAX_PLANS + 8):
             fast(image(h=size, w=3))
-    assert len(fast._fastres.engine.plans) <= engine.MAX_PLANS
+    assert len(fast._fastres.engine.prepared.plans) <= engine.MAX_PLANS
     assert len(fast._fastres.engine._idle) <= engine.MAX_PLANS
 
 

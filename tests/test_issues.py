@@ -41,7 +41,7 @@ def test_parameters_are_not_duplicated_and_a_second_shape_runs():
         for shape in ((1, 3, 33, 33), (2, 3, 40, 33), (1, 3, 33, 33)):
             close(fast(image(*shape)), model(image(*shape)))
     # shapes share the constants of everything whose constants do not depend on the shape
-    made = fast._fastres.engine.constants._made
+    made = fast._fastres.engine.prepared.constants._made
     convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
     assert len(made) <= 2 * (convolutions + 4)
 
@@ -97,11 +97,11 @@ def test_a_shape_seen_before_is_not_planned_again():
     with torch.no_grad():
         for n in (1, 2, 3):
             fast(image(n, 3, 33, 33))
-        plans = dict(fast._fastres.engine.plans)
+        plans = dict(fast._fastres.engine.prepared.plans)
         contexts = {id(c) for idle in fast._fastres.engine._idle.values() for c in idle}
         for n in (3, 1, 2, 1):
             fast(image(n, 3, 33, 33))
-    assert fast._fastres.engine.plans == plans
+    assert fast._fastres.engine.prepared.plans == plans
     assert {id(c) for idle in fast._fastres.engine._idle.values() for c in idle} == contexts
 
 

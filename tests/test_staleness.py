@@ -323,3 +323,41 @@ def test_networks_of_ours_follow_their_parameters_too(owner):
         with torch.enable_grad():
             expected = reference(x).detach()
         close(model(x), expected)
+
+
+def _plans(fast) -> list[int]:
+    return [id(plan) for plan in fast._fastres.engine.prepared.plans.values()]
+
+
+@pytest.mark.parametrize("through", ["accelerated", "original"])
+def test_validation_between_epochs_is_planned_once_and_follows_the_training(through):
+    model = randomised(network())
+    fast = fastres.accelerate(model)
+    switched = {"accelerated": fast, "original": model}[through]
+    x = image()
+    with torch.no_grad():
+        fast(x)
+    planned = _plans(fast)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        switched.train()
+        fast(x).square().sum().backward()
+        optimizer.step()
+        assert not fast._fastres.engine._idle, "training wants the buffers' memory"
+        model[3].weight.data.mul_(2)  # not counted by PyTorch
+        switched.eval()
+        with torch.no_grad():
+            close(fast(x), fresh(model, x))
+        assert _plans(fast) == planned
+
+
+def test_plans_of_another_mode_do_not_outlive_a_change_of_structure():
+    model = randomised(network())
+    fast = fastres.accelerate(model)
+    with torch.no_grad():
+        fast(image())
+    fast.train()
+    model[2] = nn.Identity()
+    fast.eval()
+    with torch.no_grad():
+        close(fast(image()), fresh(model, image()))

@@ -57,6 +57,14 @@ class Watch:
         now = self._read_tensors()
         return not _identical(now, self._held) or list(map(Tensor.data_ptr, now)) != self._pointers
 
+    @property
+    def modes(self) -> tuple[bool, ...]:
+        """Whether each module was in training, when the snapshot was taken."""
+        return self._structure[2]
+
+    def modes_now(self) -> tuple[bool, ...]:
+        return tuple(map(_training, self.modules))
+
     def same_structure(self) -> bool:
         now = self._read_structure()
         return now[1:] == self._structure[1:] and _identical(now[0], self._structure[0])
@@ -75,7 +83,7 @@ class Watch:
         return (
             children,
             list(map(len, self._hooks)),
-            list(map(_training, self.modules)),
+            self.modes_now(),
             list(map(_eps, self._with_eps)),
             list(map(_window, self._convs)),
             list(map(len, self._attributes)),

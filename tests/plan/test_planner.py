@@ -170,7 +170,7 @@ def test_a_table_with_another_batch_size_counts_scaled(tmp_path, monkeypatch):
     fast = fastres.accelerate(_layer(), backend="reference")
     with torch.no_grad():
         fast(image(2))
-    (problem,) = [s.problem for s in next(iter(fast._fastres.engine.plans.values())).segments]
+    (problem,) = [s.problem for s in next(iter(fast._fastres.engine.prepared.plans.values())).segments]
     key = problem.with_batch(8).key
     table.write(table.user_dir(), "cpu", "reference.conv_bn_act", {"gpu": "test"}, {key: {"ms": 4.0}})
     with torch.no_grad():
