@@ -40,6 +40,9 @@ _SCHEMAS = (
     "sm90_conv_latency(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out, "
     "int[] geometry, int act, float act_param, Tensor? second, int[] second_stride, int pixels, int cluster, "
     "Tensor(a!) record) -> ()",
+    "sm90_conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out, "
+    "Tensor counter, int[] geometry, int act, float act_param, Tensor? second, Tensor? second_weight, "
+    "int[] second_stride, int filters, int pixels, int cluster, Tensor(a!) record) -> ()",
     # conv, expand, reduce: (scale, shift) by channel, [C, 2].
     "sm90_shifted_block(Tensor x, Tensor conv_weight, Tensor conv, Tensor expand_weight, Tensor expand, "
     "Tensor? reduce_weight, Tensor? reduce, Tensor residual, Tensor out, Tensor? next, Tensor counter, "

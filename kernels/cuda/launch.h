@@ -125,7 +125,7 @@ inline void launch(const Record& r, bool, void*) {
 // Of the current device.
 inline int multiprocessors() {
 #ifdef FASTRES_EMULATOR
-  return 2;
+  return 4;
 #else
   int device = 0, count = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");

@@ -316,12 +316,34 @@ FASTRES_DEVICE void load_box(uint32_t to, const TensorMap* map, uint32_t barrier
       : "memory");
 #endif
 }
+FASTRES_DEVICE void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int c0, int c1, int c2) {
+#ifdef FASTRES_SM90
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+          to),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
+      : "memory");
+#endif
+}
 FASTRES_DEVICE void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int c0, int c1, int c2, int c3) {
 #ifdef FASTRES_SM90
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
       "[%2];" ::"r"(to),
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+#endif
+}
+// A run of output pixels of an im2col map: the first one's window begins at column w, row h of image n; the tap lies
+// (offset_w, offset_h) further.
+FASTRES_DEVICE void load_im2col(uint32_t to, const TensorMap* map, uint32_t barrier, int c, int w, int h, int n,
+                                int offset_w, int offset_h) {
+#ifdef FASTRES_SM90
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes [%0], "
+      "[%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(n), "h"(static_cast<uint16_t>(offset_w)),
+      "h"(static_cast<uint16_t>(offset_h))
       : "memory");
 #endif
 }

@@ -2,7 +2,9 @@
 // They are made once, when a kernel is bound to its memory, and travel in the record.
 #include "sm90.h"
 
-#ifndef FASTRES_EMULATOR
+#ifdef FASTRES_EMULATOR
+#include "emulated_tma.h"
+#else
 #include <cuda.h>
 #endif
 
@@ -10,6 +12,7 @@ namespace fastres {
 
 #ifdef FASTRES_EMULATOR
 TensorMap make_tensor_map(const TensorMapFields& fields) {
+  emulator::check_tensor_map(fields);
   TensorMap map{};
   std::memcpy(map.opaque, &fields, sizeof fields);
   return map;
@@ -17,43 +20,55 @@ TensorMap make_tensor_map(const TensorMapFields& fields) {
 #else
 namespace {
 
-using Encode = decltype(&cuTensorMapEncodeTiled);
-
-Encode encoder() {
+template <class Function>
+Function driver_function(const char* name) {
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found{};
 #if CUDART_VERSION >= 12050
-  check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-        "cuTensorMapEncodeTiled");
+  check(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found), name);
 #else
-  check(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found),
-        "cuTensorMapEncodeTiled");
+  check(cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found), name);
 #endif
   if (found != cudaDriverEntryPointSuccess || !function)
-    throw std::runtime_error("the driver has no cuTensorMapEncodeTiled: it is older than CUDA 12.0");
-  return reinterpret_cast<Encode>(function);
+    throw std::runtime_error(std::string("the driver has no ") + name + ": it is older than CUDA 12.0");
+  return reinterpret_cast<Function>(function);
 }
 
 }  // namespace
 
 TensorMap make_tensor_map(const TensorMapFields& f) {
-  static const Encode encode = encoder();
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
   TensorMap map{};
+  auto* to = reinterpret_cast<CUtensorMap*>(&map);
   cuuint64_t size[5], stride[5];
   cuuint32_t box[5], step[5];
   for (int d = 0; d < f.rank; ++d) {
     size[d] = f.size[d], box[d] = f.box[d], step[d] = 1;
     if (d) stride[d - 1] = f.stride[d - 1];
   }
-  const CUresult status = encode(
-      reinterpret_cast<CUtensorMap*>(&map),
-      f.type == Type::kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-      static_cast<cuuint32_t>(f.rank), const_cast<void*>(f.base), size, stride, box, step,
-      CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto type = f.type == Type::kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const auto rank = static_cast<cuuint32_t>(f.rank);
+  void* base = const_cast<void*>(f.base);
+  constexpr auto kPlain = CU_TENSOR_MAP_INTERLEAVE_NONE;
+  constexpr auto kSwizzle = CU_TENSOR_MAP_SWIZZLE_128B;
+  constexpr auto kPromotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B;
+  constexpr auto kZeros = CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+  CUresult status;
+  const char* name;
+  if (f.traversal[0]) {
+    name = "cuTensorMapEncodeIm2col";
+    static const auto encode = driver_function<decltype(&cuTensorMapEncodeIm2col)>(name);
+    const int lower[] = {f.lower[0], f.lower[1]}, upper[] = {f.upper[0], f.upper[1]};
+    step[1] = f.traversal[0], step[2] = f.traversal[1];
+    status = encode(to, type, rank, base, size, stride, lower, upper, box[0], box[1], step, kPlain, kSwizzle, kPromotion,
+                    kZeros);
+  } else {
+    name = "cuTensorMapEncodeTiled";
+    static const auto encode = driver_function<decltype(&cuTensorMapEncodeTiled)>(name);
+    status = encode(to, type, rank, base, size, stride, box, step, kPlain, kSwizzle, kPromotion, kZeros);
+  }
   if (status != CUDA_SUCCESS)
-    throw std::runtime_error("cuTensorMapEncodeTiled refuses the map: CUresult " + std::to_string(status));
+    throw std::runtime_error(std::string(name) + " refuses the map: CUresult " + std::to_string(status));
   return map;
 }
 #endif

@@ -4,6 +4,13 @@ None of them has been timed on a GPU yet. Their `estimate_ms` is therefore a del
 a table entry the planner takes them only where nothing measured fits; `fastres tune` can find them faster.
 """
 
-from fastres.backends.cuda import conv_bn_act, latency, max_pool, pool_linear, shifted_block
+from fastres.backends.cuda import (
+    conv_bn_act,
+    latency,
+    max_pool,
+    pool_linear,
+    shifted_block,
+    sm90_conv_bn_act,
+)
 
-__all__ = ["conv_bn_act", "latency", "max_pool", "pool_linear", "shifted_block"]
+__all__ = ["conv_bn_act", "latency", "max_pool", "pool_linear", "shifted_block", "sm90_conv_bn_act"]

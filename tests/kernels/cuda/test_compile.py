@@ -1,5 +1,6 @@
 """nvcc takes every source for sm_80 and sm_90a; no kernel spills; the symbols are the stable ABI's alone."""
 
+import itertools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from fastres import native, toolchain
+from fastres.backends.cuda.sm90_conv_bn_act import TILES
 
 pytestmark = pytest.mark.gate
 _SECONDS = 180  # on 2 cores
@@ -17,7 +19,7 @@ _SECONDS = 180  # on 2 cores
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """(library, ptxas's rows, seconds), built afresh in a folder of its own."""
+    """(library, ptxas's rows, seconds, the compilers' words), built afresh in a folder of its own."""
     try:
         toolchain.find_nvcc()
     except native.BuildError as error:
@@ -33,12 +35,12 @@ def built(tmp_path_factory):
             del os.environ["FASTRES_CACHE"]
         else:
             os.environ["FASTRES_CACHE"] = before
-    rows = native.ptxas_report((library.parent / "build.log").read_text())
-    return library, rows, seconds
+    log = (library.parent / "build.log").read_text()
+    return library, native.ptxas_report(log), seconds, log
 
 
 def test_everything_compiles_in_time(built):
-    library, rows, seconds = built
+    library, rows, seconds, _ = built
     about = json.loads(library.with_suffix(".json").read_text())
     print(f"{len(rows)} kernels in {seconds:.0f} s for {', '.join(about['arch'])}")
     assert {arch for _, arch, *_ in rows} == {"sm_80", "sm_90a"}
@@ -49,6 +51,24 @@ def test_everything_compiles_in_time(built):
 def test_no_kernel_spills(built):
     spilled = [(name, arch, spill) for name, arch, _, spill, _ in built[1] if spill]
     assert built[1] and not spilled
+
+
+def test_no_product_waits_for_the_one_before(built):
+    """ptxas says so where it has to serialise wgmma."""
+    assert "serialized" not in built[3]
+
+
+def test_hopper_convolution_has_every_tile_and_its_registers_fit_the_roles(built):
+    """Every config is compiled for both types, with and without the switch of activations, at 168 registers: what
+    384 threads share before warps give and take."""
+    seen = set()
+    for name, arch, registers, *_ in built[1]:
+        found = re.search(r"sm90_conv_bn_act_kernel<(\w+), (\d+), (\d+), (true|false)>", name)
+        if found and arch == "sm_90a":
+            seen.add(found.groups())
+            assert registers == 168, (name, registers)
+    wanted = itertools.product(("__half", "__nv_bfloat16"), TILES, ("true", "false"))
+    assert seen == {(dtype, str(m), str(n), general) for dtype, (m, n), general in wanted}
 
 
 def test_tensor_core_kernels_fit_the_blocks_that_their_configs_count_on(built):

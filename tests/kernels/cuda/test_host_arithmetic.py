@@ -2,6 +2,7 @@
 
 import ctypes
 import random
+from dataclasses import replace
 
 import emulated
 import pytest
@@ -9,6 +10,7 @@ import torch
 from problems import network_problems, random_problems
 
 from fastres.backends.cuda.conv_bn_act import merged_groups
+from fastres.backends.cuda.sm90_conv_bn_act import TILES
 from fastres.plan.pattern import CONV_BN_ACT
 
 NETWORKS = ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")
@@ -81,3 +83,27 @@ def test_rows_that_ldmatrix_reads_together_lie_in_different_banks(c):
             # Eight 16-byte places in the 128 bytes that the 32 banks serve at once.
             assert len({place % 128 // 16 for place in places}) == 8
             assert all(place // 64 == first + row for row, place in enumerate(places))
+
+
+def test_hopper_tiles_and_loads_of_500_random_convolutions(c):
+    rng, checked = random.Random(1), 0
+    for spec in _random_specs(1000):
+        if spec.groups != 1 or spec.c % 8:
+            # The same geometry with channels that it takes.
+            spec = replace(spec, groups=1, c=8 * rng.randint(1, 20))
+        tile, cluster = rng.choice(TILES), rng.choice((1, 2))
+        every = 1 if spec.n * spec.p * spec.q * spec.c * spec.kernel[0] * spec.kernel[1] < 4e5 else 7
+        assert c.check_sm90_conv(_numbers(spec), 0, *tile, cluster, every) == 0, (spec, tile, cluster)
+        checked += 1
+        if checked == 500:
+            return
+    pytest.fail("too few convolutions")
+
+
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: "x".join(map(str, t)))
+def test_hopper_tiles_and_loads_of_the_layers_of_networks(c, tile):
+    specs = [spec for spec in _network_specs(224) if spec.groups == 1 and spec.c % 8 == 0]
+    assert len(specs) > 30
+    for index, spec in enumerate(specs):
+        second = (0, 64, 72)[index % 3]
+        assert c.check_sm90_conv(_numbers(spec), second, *tile, 1 + index % 2, 23) == 0, spec

@@ -3,7 +3,9 @@
 #include <set>
 #include <vector>
 
-#include "conv.h"
+#include "emulated_tma.h"
+#include "ptx_sm90.cuh"
+#include "sm90_conv.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -93,4 +95,76 @@ EXPORT int swizzle_64_of(int row, int chunk) { return swizzle_64(row, chunk); }
 EXPORT void part_of_steps(int steps, int part, int parts, int* range) {
   const Range r = part_of(steps, part, parts);
   range[0] = r.begin, range[1] = r.end;
+}
+
+// sm90_conv_bn_act: outputs are covered once, steps go through the depth once, loads find the elements that the
+// definition of a convolution asks for. Loads are looked at in every `every`-th step of every `every`-th tile.
+EXPORT long check_sm90_conv(const int* numbers, int second_c, int filters, int pixels, int cluster, int every) {
+  ThroughputConv t{};
+  const ConvShape v = t.conv.shape = shape_of(numbers);
+  t.conv.residual = second_c ? nullptr : &t;  // any pointer: nobody looks there
+  if (second_c) {
+    t.second = &t;
+    t.second_shape = {v.n, v.p * 2 - 1, v.q * 2, second_c, v.p, v.q, v.k, 1, 1, 2, 2, 0, 0, 1, 1, 1};
+  }
+  const Sm90Conv p = sm90_conv_tiles(t, filters, pixels, cluster, 7);
+  const ConvTileShape tile{filters, pixels};
+  const ConvLayout layout = ConvLayout::of(tile, p.stages, p.slots);
+  long wrong = layout.bytes > kSharedBytes || p.stages < 3 || p.slots < 2 || p.ticks < 2 || p.ticks > kMaxTicks ||
+               layout.slots % 1024 || layout.barriers % 8 || p.clusters > p.tiles || p.clusters * cluster > 7;
+
+  std::vector<ConvStep> steps;
+  for (ConvStep at{}; static_cast<int>(steps.size()) < p.steps; at.advance(p)) steps.push_back(at);
+  size_t step = 0;
+  for (int source = 0; source < (second_c ? 2 : 1); ++source) {
+    const ConvShape& of = source ? t.second_shape : v;
+    for (int r = 0; r < of.r; ++r)
+      for (int s = 0; s < of.s; ++s)
+        for (int c = 0; c < of.c; c += 64, ++step) {
+          if (step >= steps.size()) return wrong + 1;
+          const ConvStep& at = steps[step];
+          wrong += at.source != source || at.r != r || at.s != s || at.c * 64 != c;
+        }
+  }
+  wrong += step != steps.size();
+
+  std::vector<unsigned char> covered(v.pixels() * v.k, 0);
+  emulator::Block block;
+  block.memory.resize(pixels * kSwizzleRow);
+  block.shared = block.memory.data(), block.shared_bytes = pixels * kSwizzleRow;
+  const auto* base = reinterpret_cast<const unsigned char*>(uintptr_t{1} << 20);
+  int seen = 0;
+  for (int number = 0; number < p.tiles; ++number)
+    for (int rank = 0; rank < cluster; ++rank) {
+      const auto at = Sm90ConvTile::of(p, number, rank, filters, pixels);
+      for (int m = at.first_pixel; m < at.first_pixel + pixels && m < p.pixels; ++m)
+        for (int n = at.first_filter; n < at.first_filter + filters && n < v.k; ++n)
+          ++covered[static_cast<int64_t>(m) * v.k + n];
+      if (number % p.tiles_k || seen++ % every) continue;
+      for (size_t i = 0; i < steps.size(); i += every) {
+        const ConvStep& s = steps[i];
+        const ConvShape& of = s.source ? t.second_shape : v;
+        const TensorMap map = make_tensor_map(pixels_fields(Type::kBf16, base, of, pixels));
+        ptx::BoxPlace place{{s.c * 64, at.first_pixel}};
+        if (!is_plain(of)) {
+          const auto w = WindowStart::of(p, p.source[s.source], at.first_pixel);
+          place = {{s.c * 64, w.w, w.h, w.n}, {s.s * of.dilation_w, s.r * of.dilation_h}};
+        }
+        int element = 0;
+        ptx::for_box(&block, 0, &map, place, [&](unsigned char* shared, const unsigned char* global) {
+          const int row = element / 64, c = s.c * 64 + element % 64, pixel = at.first_pixel + row;
+          const int image = pixel / (v.p * v.q), in_image = pixel % (v.p * v.q);
+          const int h = in_image / v.q * of.stride_h - of.pad_h + s.r * of.dilation_h;
+          const int w = in_image % v.q * of.stride_w - of.pad_w + s.s * of.dilation_w;
+          const bool inside = pixel < p.pixels && c < of.c && h >= 0 && h < of.h && w >= 0 && w < of.w;
+          const long want = inside ? (((static_cast<long>(image) * of.h + h) * of.w + w) * of.c + c) * 2 : -1;
+          wrong += (global ? global - base : -1) != want;
+          wrong += shared - block.shared != swizzle_128(row, element % 64 / 8) + element % 8 * 2;
+          ++element;
+        });
+        wrong += element != pixels * 64;
+      }
+    }
+  for (unsigned char count : covered) wrong += count != 1;
+  return wrong;
 }

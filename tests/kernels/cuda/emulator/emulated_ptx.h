@@ -85,6 +85,29 @@ inline void load_matrix_x4(uint32_t (&r)[4], uint32_t address) {
   });
 }
 
+// Transposed: register i of a lane is elements (row lane % 4 * 2 and the next, column lane / 4) of the matrix in memory.
+template <class Move>
+void matrices_transposed(const char* name, uint32_t* r, uint32_t address, Move move) {
+  struct Io {
+    uint32_t* r;
+    unsigned char* row;
+  } io{r, emulator::shared_pointer(address, 16)};
+  emulator::warp_meet(name, &io, [&](auto& slot) {
+    for (int lane = 0; lane < 32; ++lane)
+      for (int m = 0; m < 4; ++m)
+        for (int h = 0; h < 2; ++h)
+          move(reinterpret_cast<unsigned char*>(&static_cast<Io*>(slot[lane])->r[m]) + 2 * h,
+               static_cast<Io*>(slot[8 * m + lane % 4 * 2 + h])->row + lane / 4 * 2);
+  });
+}
+inline void load_transposed_x4(uint32_t (&r)[4], uint32_t address) {
+  matrices_transposed("ldmatrix.trans", r, address, [](unsigned char* a, unsigned char* b) { std::memcpy(a, b, 2); });
+}
+inline void store_transposed_x4(uint32_t address, const uint32_t (&r)[4]) {
+  matrices_transposed("stmatrix.trans", const_cast<uint32_t*>(r), address,
+                      [](unsigned char* a, unsigned char* b) { std::memcpy(b, a, 2); });
+}
+
 // The float of one 16-bit half of a register, or of a whole register with its low 13 bits cut off (TF32).
 inline float half_of(uint32_t r, int half, __nv_bfloat16) {
   const uint32_t bits = (half ? r >> 16 : r & 0xffff) << 16;

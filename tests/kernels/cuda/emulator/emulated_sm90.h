@@ -100,6 +100,10 @@ void wgmma(float (&d)[64], uint64_t a, uint64_t b, bool accumulate, T) {
   wgmma_meet<T, 128>({d, nullptr, a, b, accumulate});
 }
 template <class T>
+void wgmma(float (&d)[128], uint64_t a, uint64_t b, bool accumulate, T) {
+  wgmma_meet<T, 256>({d, nullptr, a, b, accumulate});
+}
+template <class T>
 void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate, T) {
   wgmma_meet<T, 64>({d, a, 0, b, accumulate});
 }
@@ -173,6 +177,15 @@ inline void barrier_arrive_expect(uint32_t barrier, int bytes) {
   --b.pending;
   b.settle();
 }
+inline void barrier_arrive_cluster(uint32_t barrier) {
+  emulator::shared_pointer(barrier, 8);
+  Block* block = barrier >> 24 ? self->block->peers.at((barrier >> 24) - 1) : self->block;
+  Barrier& b = barrier_at(block, barrier & 0xffffff);
+  if (b.pending <= 0) fail("more arrivals than the mbarrier counts");
+  --b.pending;
+  b.settle();
+}
+inline void store_cluster(uint32_t address, int v) { std::memcpy(emulator::shared_pointer(address, 4), &v, 4); }
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   Barrier& b = barrier_at(self->block, barrier);
   static thread_local char places[4096][24];
@@ -180,6 +193,8 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   std::snprintf(where, 24, "mbarrier@%u", barrier);
   emulator::wait_until(where, [&] { return b.parity() != (parity & 1); });
 }
+
+inline void barrier_wait_cluster(uint32_t barrier, uint32_t parity) { barrier_wait(barrier, parity); }
 
 // --- TMA: the map's fields lie in the opaque bytes as they are.
 
@@ -192,21 +207,47 @@ inline TensorMapFields unpack_tensor_map(const TensorMap& map) {
 
 inline void prefetch_map(const TensorMap*) {}
 
+// Where a load begins: coordinates, innermost first, and the tap's offset for im2col maps (w, h).
+struct BoxPlace {
+  std::array<int, 5> c;
+  std::array<int, 2> offset{};
+};
+
 // f(shared bytes, global element or null) for every element of the box.
 template <class F>
-void for_box(Block* block, uint32_t at, const TensorMap* map, const int (&c)[5], F f) {
+void for_box(Block* block, uint32_t at, const TensorMap* map, const BoxPlace& place, F f) {
   const TensorMapFields t = unpack_tensor_map(*map);
-  int64_t index[5] = {};
-  uint32_t linear = 0;
-  for (;;) {
-    bool inside = true;
-    const unsigned char* element = static_cast<const unsigned char*>(t.base);
+  const auto element = [&](const int64_t (&i)[5]) -> const unsigned char* {
+    const auto* address = static_cast<const unsigned char*>(t.base);
     for (int d = 0; d < t.rank; ++d) {
-      const int64_t i = c[d] + index[d];
-      inside = inside && i >= 0 && i < static_cast<int64_t>(t.size[d]);
-      element += d == 0 ? i * 2 : i * static_cast<int64_t>(t.stride[d - 1]);
+      if (i[d] < 0 || i[d] >= static_cast<int64_t>(t.size[d])) return nullptr;
+      address += d == 0 ? i[d] * 2 : i[d] * static_cast<int64_t>(t.stride[d - 1]);
     }
-    f(swizzled(block->shared, block->shared_bytes, at + linear, 2), inside ? element : nullptr);
+    return address;
+  };
+  const auto& c = place.c;
+  uint32_t linear = 0;
+  if (t.traversal[0]) {
+    // Windows in the bounding box, row by row and image by image; the tap's offset moves what is read, not the box.
+    int64_t w = c[1], h = c[2], n = c[3];
+    const auto begin = [&](int d) { return static_cast<int64_t>(t.lower[d]); };
+    const auto last = [&](int d) { return static_cast<int64_t>(t.size[1 + d]) - 1 + t.upper[d]; };
+    if (w < begin(0) || w > last(0) || h < begin(1) || h > last(1)) fail("TMA: im2col begins outside of its bounding box");
+    for (uint32_t pixel = 0; pixel < t.box[1]; ++pixel) {
+      for (uint32_t channel = 0; channel < t.box[0]; ++channel, linear += 2)
+        f(swizzled(block->shared, block->shared_bytes, at + linear, 2),
+          element({c[0] + channel, w + place.offset[0], h + place.offset[1], n, 0}));
+      if ((w += t.traversal[0]) <= last(0)) continue;
+      w = begin(0);
+      if ((h += t.traversal[1]) <= last(1)) continue;
+      h = begin(1), ++n;
+    }
+    return;
+  }
+  int64_t index[5] = {};
+  for (;;) {
+    f(swizzled(block->shared, block->shared_bytes, at + linear, 2),
+      element({c[0] + index[0], c[1] + index[1], c[2] + index[2], c[3] + index[3], c[4] + index[4]}));
     linear += 2;
     int d = 0;
     while (d < t.rank && ++index[d] == t.box[d]) index[d++] = 0;
@@ -216,35 +257,54 @@ void for_box(Block* block, uint32_t at, const TensorMap* map, const int (&c)[5],
 inline int box_bytes(const TensorMap* map) {
   const TensorMapFields t = unpack_tensor_map(*map);
   int bytes = 2;
-  for (int d = 0; d < t.rank; ++d) bytes *= static_cast<int>(t.box[d]);
+  for (int d = 0; d < (t.traversal[0] ? 2 : t.rank); ++d) bytes *= static_cast<int>(t.box[d]);
   return bytes;
 }
-inline void load_any(uint32_t to, const TensorMap* map, uint32_t barrier, int rank, std::array<int, 5> c) {
-  if (unpack_tensor_map(*map).rank != rank) fail("TMA: the map has another rank");
+// Into every block of the cluster whose bit is set in `blocks`.
+inline void load_any(uint32_t to, const TensorMap* map, uint32_t barrier, int rank, const BoxPlace& place, int blocks,
+                     bool im2col = false) {
+  const TensorMapFields fields = unpack_tensor_map(*map);
+  if (fields.rank != rank || (fields.traversal[0] != 0) != im2col) fail("TMA: the map is of another kind");
   if (to % 128) fail("TMA: misaligned destination");
-  auto land = [=, block = self->block] {
-    for_box(block, to, map, {c[0], c[1], c[2], c[3], c[4]}, [](unsigned char* shared, const unsigned char* global) {
-      if (global) std::memcpy(shared, global, 2);
-      else std::memset(shared, 0, 2);
-    });
-    Barrier& b = barrier_at(block, barrier);
-    b.add_bytes(-box_bytes(map));
-    b.settle();
-  };
-  if (emulator::late) run->pending.push_back(land);
-  else land();
+  for (Block* block : self->block->peers) {
+    if (!(blocks >> block->rank & 1)) continue;
+    auto land = [=] {
+      if (block->alive == 0) fail("TMA: lands in a block that has left");
+      for_box(block, to, map, place, [](unsigned char* shared, const unsigned char* global) {
+        if (global) std::memcpy(shared, global, 2);
+        else std::memset(shared, 0, 2);
+      });
+      Barrier& b = barrier_at(block, barrier);
+      b.add_bytes(-box_bytes(map));
+      b.settle();
+    };
+    if (emulator::late) run->pending.push_back(land);
+    else land();
+  }
 }
+inline int only_here() { return 1 << self->block->rank; }
 inline void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int c0, int c1) {
-  load_any(to, map, barrier, 2, {c0, c1, 0, 0, 0});
+  load_any(to, map, barrier, 2, {{c0, c1}}, only_here());
+}
+inline void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int c0, int c1, int c2) {
+  load_any(to, map, barrier, 3, {{c0, c1, c2}}, only_here());
 }
 inline void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int c0, int c1, int c2, int c3) {
-  load_any(to, map, barrier, 4, {c0, c1, c2, c3, 0});
+  load_any(to, map, barrier, 4, {{c0, c1, c2, c3}}, only_here());
+}
+inline void load_box_multicast(uint32_t to, const TensorMap* map, uint32_t barrier, int c0, int c1, int c2, int blocks) {
+  load_any(to, map, barrier, 3, {{c0, c1, c2}}, blocks);
+}
+inline void load_im2col(uint32_t to, const TensorMap* map, uint32_t barrier, int c, int w, int h, int n, int offset_w,
+                        int offset_h) {
+  if (offset_w < 0 || offset_w > 255 || offset_h < 0 || offset_h > 255) fail("TMA: im2col offset out of range");
+  load_any(to, map, barrier, 4, {{c, w, h, n}, {offset_w, offset_h}}, only_here(), true);
 }
 inline void store_any(const TensorMap* map, uint32_t from, int rank, std::array<int, 5> c) {
   if (unpack_tensor_map(*map).rank != rank) fail("TMA: the map has another rank");
   if (from % 128) fail("TMA: misaligned source");
   auto land = [=, block = self->block] {
-    for_box(block, from, map, {c[0], c[1], c[2], c[3], c[4]}, [](unsigned char* shared, const unsigned char* global) {
+    for_box(block, from, map, {c}, [](unsigned char* shared, const unsigned char* global) {
       if (global) std::memcpy(const_cast<unsigned char*>(global), shared, 2);
     });
   };

@@ -1,0 +1,174 @@
+"""Convolutions for large batches on Hopper.
+
+cuda.sm90_conv_bn_act takes one; cuda.sm90_dual adds a projection shortcut to it, as more depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fastres.backends.cuda.base import CudaCandidate, ceil_div, scale_shift
+from fastres.backends.cuda.conv_bn_act import filter_rows, geometry
+from fastres.graph.fold import LayerParameters
+from fastres.plan.candidate import Buffers, register
+from fastres.plan.pattern import CONV_BN_ACT, DUAL
+from fastres.plan.problem import ConvSpec, Problem, Target
+from fastres.tuning.config import Config
+
+_STEP = 64  # channels
+TILES = ((128, 256), (256, 128), (128, 128), (64, 256))
+
+
+@dataclass(frozen=True)
+class ThroughputConfig(Config):
+    """A block computes `filters` by `pixels`; `cluster` blocks with neighbouring pixels share the loads of weights."""
+
+    filters: int
+    pixels: int
+    cluster: int
+
+
+def _steps(spec: ConvSpec) -> int:
+    return spec.kernel[0] * spec.kernel[1] * ceil_div(spec.c, _STEP)
+
+
+def _configs(spec: ConvSpec, steps: int, target: Target) -> tuple[ThroughputConfig, ...]:
+    """By a model of the time, in clocks of an SM. Unmeasured.
+
+    Clusters take tiles in waves. A step of 64 channels costs its products (2,048 a clock), its share of shared
+    memory's bandwidth (128 bytes a clock: operands written once, and read by every wgmma) or of the L2's (40 bytes
+    a clock and SM: what a Gluon kernel without clusters drew when it took 80 us for 256 -> 256 3x3 @14), whichever
+    is more; a cluster reads its weights from the L2 once. Beside the steps stand the epilogue (32 elements a clock)
+    and 600 for filling and draining the pipeline.
+    """
+    found = []
+    for filters, pixels in TILES:
+        columns = 256 if (filters, pixels) == (128, 256) else 128  # of a wgmma
+        products = filters * pixels * _STEP / 2048
+        operands = (filters + pixels) * 128 + filters * pixels * _STEP * 2 * (1 / 64 + 1 / columns)
+        for cluster in (2, 1):
+            tiles = ceil_div(spec.n * spec.p * spec.q, pixels * cluster) * ceil_div(spec.k, filters)
+            waves = ceil_div(tiles, max(1, target.sms // cluster))
+            from_l2 = (filters / cluster + pixels) * 128
+            step = max(products, operands / 128, from_l2 / 40)
+            found.append(
+                (
+                    waves * (steps * step + filters * pixels / 32 + 600),
+                    ThroughputConfig(filters, pixels, cluster),
+                )
+            )
+    return tuple(config for _, config in sorted(found, key=lambda pair: pair[0]))
+
+
+def _why_not(spec: ConvSpec, name: str) -> str | None:
+    if spec.groups != 1:
+        return f"takes one group, the {name} has {spec.groups}"
+    if spec.c % 8:
+        return f"the {name}'s {spec.c} channels do not fill 16 bytes"
+    if spec.n * spec.p * spec.q >= 2**30:
+        return f"the {name} has 2^30 output pixels or more"
+    for extent, stride, pad, dilation in zip(
+        spec.kernel, spec.stride, spec.padding, spec.dilation, strict=True
+    ):
+        reach = dilation * (extent - 1)
+        if pad > 128 or reach - pad > 128 or pad - reach > 127 or reach > 255:
+            return f"the {name}'s filter or padding reaches further than TMA's im2col mode, 128 pixels"
+        if stride > 8:
+            return f"strides up to 8 are taken, the {name} has {stride}"
+    return None
+
+
+class Sm90ConvBnAct(CudaCandidate):
+    name = "cuda.sm90_conv_bn_act"
+    pattern = CONV_BN_ACT
+    source = "kernels/cuda/sm90_conv_bn_act.cu"
+    capability = 90
+
+    def refuses(self, problem: Problem, target: Target) -> str | None:
+        return _why_not(problem["conv"], "convolution")
+
+    def configs(self, problem: Problem, target: Target) -> Sequence[ThroughputConfig]:
+        return _configs(problem["conv"], _steps(problem["conv"]), target)
+
+    def counters(self, problem: Problem, config: ThroughputConfig) -> int:
+        return 1
+
+    def prepare(self, problem: Problem, config: ThroughputConfig, parameters: Mapping[str, LayerParameters]):
+        p = parameters["conv"]
+        return filter_rows(p.weight, problem.dtype), *scale_shift(p)
+
+    def bind(self, problem: Problem, config: ThroughputConfig, buffers: Buffers, constants):
+        spec = problem["conv"]
+        args = (
+            buffers["conv.x"],
+            *constants,
+            buffers.get("conv.residual"),
+            buffers["conv"],
+            buffers.counters,
+            geometry(spec, 1),
+            spec.act.code,
+            spec.act.param,
+            None,
+            None,
+            [],
+            config.filters,
+            config.pixels,
+            config.cluster,
+        )
+        return self.launch(torch.ops.fastres_cuda.sm90_conv_bn_act, (buffers, constants), *args)
+
+
+class Sm90Dual(CudaCandidate):
+    """Two products with two BNs in one sum: the scales are folded into the weights, in fp32, rounded once."""
+
+    name = "cuda.sm90_dual"
+    pattern = DUAL
+    source = "kernels/cuda/sm90_conv_bn_act.cu"
+    capability = 90
+
+    def refuses(self, problem: Problem, target: Target) -> str | None:
+        return _why_not(problem["expand"], "expand") or _why_not(problem["shortcut"], "shortcut")
+
+    def configs(self, problem: Problem, target: Target) -> Sequence[ThroughputConfig]:
+        steps = _steps(problem["expand"]) + _steps(problem["shortcut"])
+        return _configs(problem["expand"], steps, target)
+
+    def counters(self, problem: Problem, config: ThroughputConfig) -> int:
+        return 1
+
+    def prepare(self, problem: Problem, config: ThroughputConfig, parameters: Mapping[str, LayerParameters]):
+        expand, shift = parameters["expand"].folded()
+        shortcut, more = parameters["shortcut"].folded()
+        shift = (shift + more).float()
+        weights = (filter_rows(weight, problem.dtype) for weight in (expand, shortcut))
+        return *weights, torch.ones_like(shift), shift
+
+    def bind(self, problem: Problem, config: ThroughputConfig, buffers: Buffers, constants):
+        spec = problem["expand"]
+        weight, second_weight, scale, shift = constants
+        args = (
+            buffers["expand.x"],
+            weight,
+            scale,
+            shift,
+            None,
+            buffers["expand"],
+            buffers.counters,
+            geometry(spec, 1),
+            spec.act.code,
+            spec.act.param,
+            buffers["shortcut.x"],
+            second_weight,
+            list(problem["shortcut"].stride),
+            config.filters,
+            config.pixels,
+            config.cluster,
+        )
+        return self.launch(torch.ops.fastres_cuda.sm90_conv_bn_act, (buffers, constants), *args)
+
+
+register(Sm90ConvBnAct())
+register(Sm90Dual())

@@ -1,0 +1,198 @@
+// Tiles, steps, shared memory and tensor maps of sm90_conv_bn_act. Plain arithmetic, held against brute force by
+// tests/kernels/cuda/test_host_arithmetic.py.
+#pragma once
+
+#include <algorithm>
+
+#include "conv.h"
+#include "sm90.h"
+
+namespace fastres {
+
+// One of the tensors whose products make a sum: pixels seen through a filter.
+struct ConvSource {
+  int r, s, c_steps;  // taps, and steps of 64 channels a tap
+  int stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+  int plain;  // a 1x1 that takes every pixel: its map is a matrix [pixels, c], no im2col
+
+  FASTRES_BOTH constexpr int steps() const { return r * s * c_steps; }
+};
+
+struct Sm90Conv {
+  TensorMap x, weight, second, second_weight, residual, out;
+  ConvSource source[2];
+  const float *scale, *shift;
+  const void* residual_rows;  // null: none
+  void* out_rows;
+  int* counter;                // zero: how many tiles were taken beyond the first one of every cluster
+  int p, q, k, pixels, steps;  // steps: of both sources
+  int tiles_k, tiles, clusters, cluster;
+  int stages, slots, ticks;
+  int by_tma;  // rows of k channels are whole 16 bytes: residual and output travel by TMA
+  int act;
+  float act_param;
+};
+
+constexpr int kConvDepth = 64;    // channels a step: a 128-byte row
+constexpr int kConvChunk = 64;    // pixels, and filters, that leave together
+constexpr int kChunkBytes = kConvChunk * kSwizzleRow;
+constexpr int kConvGroups = 2;    // of four warps, that multiply
+constexpr int kMaxStages = 8, kMaxSlots = 4, kMaxTicks = 4;
+
+// A step of the depth: 64 channels of one tap of one source. Channels innermost, then columns, rows, sources.
+struct ConvStep {
+  int source, r, s, c;  // c: in steps
+
+  FASTRES_BOTH constexpr void advance(const Sm90Conv& v) {
+    const ConvSource& of = v.source[source];
+    if (++c < of.c_steps) return;
+    c = 0;
+    if (++s < of.s) return;
+    s = 0;
+    if (++r < of.r) return;
+    r = 0, ++source;
+  }
+};
+
+// What a block computes of a cluster's tile: the blocks of a cluster have the same filters and neighbouring pixels.
+// Filters innermost: pixels are read again while they are in the L2.
+struct Sm90ConvTile {
+  int first_pixel, first_filter;
+
+  FASTRES_BOTH static constexpr Sm90ConvTile of(const Sm90Conv& v, int tile, int rank, int filters, int pixels) {
+    return {(tile / v.tiles_k * v.cluster + rank) * pixels, tile % v.tiles_k * filters};
+  }
+};
+
+// Where the window of an output pixel begins: column, row, image. A pixel beyond the last one has an image that does
+// not exist, which reads as zeros.
+struct WindowStart {
+  int w, h, n;
+
+  FASTRES_BOTH static constexpr WindowStart of(const Sm90Conv& v, const ConvSource& from, int pixel) {
+    const int row = pixel / v.q, image = row / v.p;
+    return {(pixel - row * v.q) * from.stride_w - from.pad_w, (row - image * v.p) * from.stride_h - from.pad_h, image};
+  }
+};
+
+// A tile of `filters` x `pixels` outputs, and how its two groups of warps share it: 64 x 256 by pixels, others by
+// filters.
+struct ConvTileShape {
+  int filters, pixels;
+
+  FASTRES_BOTH constexpr bool share_pixels() const { return filters < 64 * kConvGroups; }
+  FASTRES_BOTH constexpr int group_filters() const { return share_pixels() ? filters : filters / kConvGroups; }
+  FASTRES_BOTH constexpr int group_pixels() const { return share_pixels() ? pixels / kConvGroups : pixels; }
+  FASTRES_BOTH constexpr int stage_bytes() const { return (filters + pixels) * kSwizzleRow; }
+};
+
+// Offsets into shared memory: stages (filters, then pixels), the groups' slots, mbarriers, tickets.
+struct ConvLayout {
+  int slots, barriers, ticks, bytes;
+
+  FASTRES_BOTH static constexpr ConvLayout of(const ConvTileShape& tile, int stages, int slots) {
+    ConvLayout l{};
+    l.slots = stages * tile.stage_bytes();
+    l.barriers = l.slots + kConvGroups * slots * kChunkBytes;
+    l.ticks = l.barriers + 8 * 2 * (kMaxStages + kConvGroups * kMaxSlots + kMaxTicks);
+    l.bytes = l.ticks + 4 * kMaxTicks;
+    return l;
+  }
+};
+constexpr int kSharedBytes = 227 * 1024;  // a block of Hopper may have them
+
+// As many stages as fit beside the slots.
+constexpr int conv_stages(const ConvTileShape& tile, int slots) {
+  int stages = kMaxStages;
+  while (ConvLayout::of(tile, stages, slots).bytes > kSharedBytes) --stages;
+  return stages;
+}
+
+// What a 1x1 needs in order to be a plain matrix.
+constexpr bool is_plain(const ConvShape& v) {
+  return v.r == 1 && v.s == 1 && v.stride_h == 1 && v.stride_w == 1 && v.pad_h == 0 && v.pad_w == 0;
+}
+
+// With `second`, a 1x1 convolution of another tensor to the same outputs is added: [k, second_shape.c] weights.
+struct ThroughputConv {
+  ConvBnAct conv;
+  ConvShape second_shape;
+  const void *second, *second_weight;
+};
+inline void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+inline ConvSource source_of(const ConvShape& v) {
+  return {v.r,     v.s,     static_cast<int>(ceil_div(v.c, kConvDepth)), v.stride_h, v.stride_w, v.pad_h, v.pad_w,
+          v.dilation_h, v.dilation_w, is_plain(v)};
+}
+
+// Everything but maps and pointers.
+inline Sm90Conv sm90_conv_tiles(const ThroughputConv& t, int filters, int pixels, int cluster, int multiprocessors) {
+  const ConvShape& v = t.conv.shape;
+  require((filters == 128 && (pixels == 256 || pixels == 128)) || (filters == 256 && pixels == 128) ||
+              (filters == 64 && pixels == 256),
+          "tile: 128 x 256, 256 x 128, 128 x 128 and 64 x 256 filters x pixels are taken");
+  require(cluster == 1 || cluster == 2, "cluster: 1 and 2 blocks are taken");
+  require(v.groups == 1, "groups: one is taken");
+  require(v.c % 8 == 0 && (!t.second || t.second_shape.c % 8 == 0), "channels must be a multiple of 8");
+  require(v.pixels() < int64_t{1} << 30, "2^30 output pixels or more");
+  Sm90Conv p{};
+  p.source[0] = source_of(v);
+  p.steps = p.source[0].steps();
+  if (t.second) {
+    p.source[1] = source_of(t.second_shape);
+    p.steps += p.source[1].steps();
+  }
+  p.p = v.p, p.q = v.q, p.k = v.k, p.pixels = static_cast<int>(v.pixels());
+  p.by_tma = v.k % 8 == 0;
+  p.cluster = cluster;
+  p.tiles_k = static_cast<int>(ceil_div(v.k, filters));
+  p.tiles = static_cast<int>(ceil_div(v.pixels(), pixels * cluster)) * p.tiles_k;
+  p.clusters = std::clamp(multiprocessors / cluster, 1, p.tiles);
+  // Shallow sums end often: more of the residual is asked for ahead.
+  p.slots = t.conv.residual && p.steps <= 8 ? kMaxSlots : 2;
+  p.stages = conv_stages({filters, pixels}, p.slots);
+  // Tickets far enough ahead for the loader to fill all stages, and no further: what is taken early is not shared.
+  p.ticks = std::clamp(static_cast<int>(ceil_div(p.stages, p.steps)) + 1, 2, kMaxTicks);
+  return p;
+}
+
+// Rows of channels, `rows` a box.
+inline TensorMapFields matrix_fields(Type type, const void* base, int64_t pixels, int channels, int rows) {
+  TensorMapFields f{type, 2, base};
+  f.size[0] = static_cast<uint64_t>(channels), f.size[1] = static_cast<uint64_t>(pixels);
+  f.stride[0] = uint64_t{2} * channels;
+  f.box[0] = kConvDepth, f.box[1] = static_cast<uint32_t>(rows);
+  return f;
+}
+
+// The input, `pixels` windows a box. Throws where an im2col map does not reach as far as the filter.
+inline TensorMapFields pixels_fields(Type type, const void* base, const ConvShape& v, int pixels) {
+  if (is_plain(v)) return matrix_fields(type, base, v.pixels(), v.c, pixels);
+  TensorMapFields f{type, 4, base};
+  const uint64_t row = uint64_t{2} * v.c;
+  const uint64_t size[] = {static_cast<uint64_t>(v.c), static_cast<uint64_t>(v.w), static_cast<uint64_t>(v.h),
+                           static_cast<uint64_t>(v.n)};
+  const uint64_t stride[] = {row, row * v.w, row * v.w * v.h};
+  std::copy_n(size, 4, f.size), std::copy_n(stride, 3, f.stride);
+  f.box[0] = kConvDepth, f.box[1] = static_cast<uint32_t>(pixels);
+  const auto corners = [&](int d, int pad, int taps, int dilation, int step) {
+    const int reach = dilation * (taps - 1), upper = pad - reach;
+    require(pad <= 128 && upper >= -128 && upper <= 127 && reach <= 255,
+            "padding and dilated filter: im2col maps reach 128 pixels");
+    require(step <= 8, "stride: 1 to 8 are taken");
+    f.lower[d] = static_cast<int8_t>(-pad), f.upper[d] = static_cast<int8_t>(upper);
+    f.traversal[d] = static_cast<uint8_t>(step);
+  };
+  corners(0, v.pad_w, v.s, v.dilation_w, v.stride_w);
+  corners(1, v.pad_h, v.r, v.dilation_h, v.stride_h);
+  return f;
+}
+
+// filters x pixels: 128 x 256, 256 x 128, 128 x 128 or 64 x 256; cluster: 1 or 2 blocks that share the loads of weights;
+// conv.counters: one, zero. Throws std::invalid_argument.
+Record sm90_conv_record(const ThroughputConv& p, Type type, int filters, int pixels, int cluster);
+
+}  // namespace fastres

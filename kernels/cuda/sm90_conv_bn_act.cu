@@ -1,0 +1,452 @@
+// Convolution + BN + residual + activation for large batches on Hopper: wgmma and TMA, persistent, warps with roles.
+// bf16 or fp16, NHWC, one group; C a multiple of 8, K any. The dual form adds a projection shortcut: more depth.
+//
+// Filters are wgmma's M and pixels its N: 64 filters then still make full products (n = 256), a thread has few channels
+// whose scale and shift it keeps, and 16-bit results go out transposed by stmatrix. Pixels are a run of N * P * Q, so
+// nothing is wasted at 28, 14 or 7; im2col maps find them, padding reads as zero.
+// A cluster of two takes two neighbouring runs: each block loads half of the filters, for both. Tiles come from a
+// counter that all clusters share (slow SMs then take fewer). Sums are finished where the residual lies: its chunk comes
+// by TMA into the slot from which the output leaves.
+// Warps of group 0: loader of both operands; residuals of group 1, of group 2; tickets.
+#include "activation.cuh"
+#include "ptx_cluster.cuh"
+#include "sm90_conv.h"
+#include "wgmma_n256.cuh"
+
+namespace fastres {
+namespace {
+
+constexpr int kThreads = 128 * (1 + kConvGroups);
+constexpr int kLoaderRegisters = 40, kGroupRegisters = 232;
+static_assert(128 * (kLoaderRegisters + kConvGroups * kGroupRegisters) <= 65536);
+constexpr int kReaders = 1 + kConvGroups + 4 * kConvGroups;  // of a ticket, in a block: loader, residuals, warps
+
+// The n-th use of a ring of slots.
+struct Ring {
+  int slot = 0;
+  uint32_t parity = 0;
+  FASTRES_DEVICE void next(int slots) {
+    if (++slot == slots) slot = 0, parity ^= 1;
+  }
+};
+
+struct ConvBarriers {
+  uint32_t base;
+  FASTRES_DEVICE uint32_t full(int i) const { return base + 8 * i; }
+  FASTRES_DEVICE uint32_t empty(int i) const { return base + 8 * (kMaxStages + i); }
+  FASTRES_DEVICE uint32_t slot_full(int group, int i) const {
+    return base + 8 * (2 * kMaxStages + group * kMaxSlots + i);
+  }
+  FASTRES_DEVICE uint32_t slot_empty(int group, int i) const {
+    return base + 8 * (2 * kMaxStages + (kConvGroups + group) * kMaxSlots + i);
+  }
+  FASTRES_DEVICE uint32_t ticket_full(int i) const {
+    return base + 8 * (2 * kMaxStages + 2 * kConvGroups * kMaxSlots + i);
+  }
+  FASTRES_DEVICE uint32_t ticket_empty(int i) const { return ticket_full(kMaxTicks + i); }
+};
+
+// A reader's view of the tickets: which tile is next.
+struct Tickets {
+  const volatile int* tiles;
+  ConvBarriers barriers;
+  Ring ring{};
+
+  // By one thread: the ticket may be written over at once.
+  FASTRES_DEVICE int take(const Sm90Conv& p) {
+    const int tile = peek();
+    hand_back(p);
+    return tile;
+  }
+  FASTRES_DEVICE int peek() const {
+    ptx::barrier_wait_cluster(barriers.ticket_full(ring.slot), ring.parity);
+    return tiles[ring.slot];
+  }
+  FASTRES_DEVICE void hand_back(const Sm90Conv& p) {
+    ptx::barrier_arrive_cluster(ptx::address_in(barriers.ticket_empty(ring.slot), 0));
+    ring.next(p.ticks);
+  }
+};
+
+FASTRES_DEVICE void write_tickets(const Sm90Conv& p, uint32_t tickets, const ConvBarriers& b) {
+  // The first one needs no counter: every cluster has a tile.
+  int tile = static_cast<int>(blockIdx.x) / p.cluster;
+  Ring ring;
+  for (;;) {
+    ptx::barrier_wait_cluster(b.ticket_empty(ring.slot), ring.parity ^ 1);
+    for (int rank = 0; rank < p.cluster; ++rank) {
+      ptx::store_cluster(ptx::address_in(tickets + 4 * ring.slot, rank), tile);
+      ptx::barrier_arrive_cluster(ptx::address_in(b.ticket_full(ring.slot), rank));
+    }
+    if (tile >= p.tiles) return;
+    ring.next(p.ticks);
+    tile = p.clusters + ptx::add_relaxed(p.counter, 1);
+  }
+}
+
+// This block's share of a step's filters; in a cluster it goes to both blocks.
+template <int kFilters, int kPixels>
+FASTRES_DEVICE void load_filters(const Sm90Conv& p, uint32_t stage, uint32_t full, const ConvStep& at, int filter,
+                                 int rank) {
+  ptx::barrier_arrive_expect(full, ConvTileShape{kFilters, kPixels}.stage_bytes());
+  const TensorMap* map = at.source ? &p.second_weight : &p.weight;
+  const int tap = at.r * p.source[at.source].s + at.s;
+  if (p.cluster == 1) {
+    ptx::load_box(stage, map, full, at.c * kConvDepth, tap, filter);
+  } else {
+    constexpr int kShare = kFilters / 2;
+    ptx::load_box_multicast(stage + rank * kShare * kSwizzleRow, map, full, at.c * kConvDepth, tap,
+                            filter + rank * kShare, 3);
+  }
+}
+
+template <int kFilters, int kPixels>
+FASTRES_DEVICE int load_filters_ahead(const Sm90Conv& p, uint32_t stages, const ConvBarriers& b, int rank) {
+  const int ahead = p.steps < p.stages ? p.steps : p.stages;
+  const auto tile = Sm90ConvTile::of(p, static_cast<int>(blockIdx.x) / p.cluster, rank, kFilters, kPixels);
+  ConvStep at{};
+  for (int i = 0; i < ahead; ++i, at.advance(p))
+    load_filters<kFilters, kPixels>(p, stages + i * ConvTileShape{kFilters, kPixels}.stage_bytes(), b.full(i), at,
+                                    tile.first_filter, rank);
+  return ahead;
+}
+
+template <int kFilters, int kPixels>
+FASTRES_DEVICE void load_operands(const Sm90Conv& p, uint32_t stages, const ConvBarriers& b, Tickets tickets, int rank,
+                                  int ahead) {
+  constexpr int kStageBytes = ConvTileShape{kFilters, kPixels}.stage_bytes();
+  Ring ring;
+  for (;;) {
+    const int tile = tickets.take(p);
+    if (tile >= p.tiles) return;
+    const auto of = Sm90ConvTile::of(p, tile, rank, kFilters, kPixels);
+    WindowStart window{};
+    ConvStep at{};
+    for (int i = 0; i < p.steps; ++i, at.advance(p), ring.next(p.stages)) {
+      const ConvSource& source = p.source[at.source];
+      const uint32_t stage = stages + ring.slot * kStageBytes, full = b.full(ring.slot);
+      if (ahead > 0) {
+        --ahead;
+      } else {
+        ptx::barrier_wait_cluster(b.empty(ring.slot), ring.parity ^ 1);
+        load_filters<kFilters, kPixels>(p, stage, full, at, of.first_filter, rank);
+      }
+      const uint32_t to = stage + kFilters * kSwizzleRow;
+      const TensorMap* map = at.source ? &p.second : &p.x;
+      if (source.plain) {
+        ptx::load_box(to, map, full, at.c * kConvDepth, of.first_pixel);
+      } else {
+        if (at.r == 0 && at.s == 0 && at.c == 0) window = WindowStart::of(p, source, of.first_pixel);
+        ptx::load_im2col(to, map, full, at.c * kConvDepth, window.w, window.h, window.n, at.s * source.dilation_w,
+                         at.r * source.dilation_h);
+      }
+    }
+  }
+}
+
+// A group's chunks of the residual, or empty slots, in the order in which the group finishes them.
+template <int kFilters, int kPixels>
+FASTRES_DEVICE void load_residuals(const Sm90Conv& p, uint32_t slots, const ConvBarriers& b, Tickets tickets, int rank,
+                                   int group) {
+  constexpr ConvTileShape kTile{kFilters, kPixels};
+  const bool loads = p.residual_rows && p.by_tma;
+  Ring ring;
+  for (;;) {
+    const int tile = tickets.take(p);
+    if (tile >= p.tiles) return;
+    const auto of = Sm90ConvTile::of(p, tile, rank, kFilters, kPixels);
+    const int filter = of.first_filter + (kTile.share_pixels() ? 0 : group * kTile.group_filters());
+    const int pixel = of.first_pixel + (kTile.share_pixels() ? group * kTile.group_pixels() : 0);
+    for (int m = 0; m < kTile.group_filters(); m += kConvChunk)
+      for (int n = 0; n < kTile.group_pixels(); n += kConvChunk, ring.next(p.slots)) {
+        const uint32_t full = b.slot_full(group, ring.slot);
+        ptx::barrier_wait(b.slot_empty(group, ring.slot), ring.parity ^ 1);
+        if (loads) {
+          ptx::barrier_arrive_expect(full, kChunkBytes);
+          ptx::load_box(slots + ring.slot * kChunkBytes, &p.residual, full, filter + m, pixel + n);
+        } else {
+          ptx::barrier_arrive(full);
+        }
+      }
+  }
+}
+
+// Eight sums: two filters (of scale.x, shift.x and of scale.y, shift.y) of four pairs of neighbouring pixels.
+template <class T, bool kGeneral>
+FASTRES_DEVICE void finish_eight(const Sm90Conv& p, const float (&v)[8], float2 scale, float2 shift, uint32_t address) {
+  union {
+    uint32_t bits[4];
+    T v[8];
+  } io;
+  if (p.residual_rows) ptx::load_transposed_x4(io.bits, address);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    float z = i / 2 % 2 ? v[i] * scale.y + shift.y : v[i] * scale.x + shift.x;
+    if (p.residual_rows) z += widen(io.v[i]);
+    if constexpr (kGeneral) {
+      z = activate(p.act, z, p.act_param);
+    } else if (p.act == kRelu) {
+      z = relu(z);
+    }
+    io.v[i] = narrow<T>(z);
+  }
+  ptx::store_transposed_x4(address, io.bits);
+}
+
+// A chunk's elements one by one, where rows of K channels do not fill 16 bytes.
+template <class Move>
+FASTRES_DEVICE void for_chunk(const Sm90Conv& p, int thread, int filter, int pixel, const Move& move) {
+  const int channel = thread % kConvChunk;
+  if (filter + channel >= p.k) return;
+  for (int i = thread / kConvChunk; i < kConvChunk && pixel + i < p.pixels; i += 128 / kConvChunk)
+    move(swizzle_128(i, channel / 8) + channel % 8 * 2, static_cast<int64_t>(pixel + i) * p.k + filter + channel);
+}
+
+// kGeneral: any activation, its code once, the sums moving past it; else identity and ReLU, unrolled.
+template <class T, int kFilters, int kPixels, bool kGeneral>
+FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const ConvLayout& layout, const ConvBarriers& b,
+                            Tickets tickets, int rank, int group) {
+  constexpr ConvTileShape kTile{kFilters, kPixels};
+  constexpr int kBlocks = kTile.group_filters() / 64, kColumns = kTile.group_pixels();
+  constexpr int kSums = kColumns / 2;  // a thread, a block of 64 filters
+  const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
+  const uint32_t base = ptx::shared_address(memory);
+  const uint32_t slots = layout.slots + group * p.slots * kChunkBytes;
+  const int group_filter = kTile.share_pixels() ? 0 : group * kTile.group_filters();
+  const int group_pixel = kTile.share_pixels() ? group * kColumns : 0;
+  // Matrix lane / 8 of a transposed access: pixels of its half, the warp's 8-filter chunk lane / 8 % 2.
+  const int row = lane / 16 * 8 + lane % 8, chunk = warp * 2 + lane / 8 % 2;
+  const auto release = [&](int stage) {
+    // Every warp says so itself, to every block of the cluster: its wait covers its own quarter of the product.
+    ptx::sync_warp();
+    if (lane < p.cluster) ptx::barrier_arrive_cluster(ptx::address_in(b.empty(stage), lane));
+  };
+
+  Ring ring, out;
+  int last_slot = -1;
+  for (;;) {
+    const int tile = tickets.peek();
+    ptx::sync_warp();
+    if (lane == 0) {
+      tickets.hand_back(p);
+    } else {
+      tickets.ring.next(p.ticks);
+    }
+    if (tile >= p.tiles) break;
+    const auto of = Sm90ConvTile::of(p, tile, rank, kFilters, kPixels);
+    const int first_filter = of.first_filter + group_filter, first_pixel = of.first_pixel + group_pixel;
+    float2 scale[kBlocks], shift[kBlocks];
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) {
+      const int top = first_filter + m * 64 + warp * 16 + lane / 4;
+      scale[m] = {top < p.k ? p.scale[top] : 0.0f, top + 8 < p.k ? p.scale[top + 8] : 0.0f};
+      shift[m] = {top < p.k ? p.shift[top] : 0.0f, top + 8 < p.k ? p.shift[top + 8] : 0.0f};
+    }
+
+    float sum[kBlocks][kSums];
+    if constexpr (kGeneral) {
+      // The moves that end below must not go on between two products: ptxas would serialise them.
+#pragma unroll
+      for (auto& of : sum)
+#pragma unroll
+        for (float& v : of) v = 0;
+    }
+    int previous = 0;
+    for (int i = 0; i < p.steps; ++i, ring.next(p.stages)) {
+      ptx::barrier_wait(b.full(ring.slot), ring.parity);
+      const uint32_t stage = base + ring.slot * kTile.stage_bytes();
+      const uint64_t filters = matrix_descriptor(stage + group_filter * kSwizzleRow);
+      const uint64_t pixels = matrix_descriptor(stage + (kFilters + group_pixel) * kSwizzleRow);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < kConvDepth / 16; ++k)
+#pragma unroll
+        for (int m = 0; m < kBlocks; ++m)
+          ptx::wgmma(sum[m], filters + (m * 64 * kSwizzleRow >> 4) + k * kDescriptorStep, pixels + k * kDescriptorStep,
+                     kGeneral || i > 0 || k > 0, T{});
+      ptx::wgmma_commit();
+      if (i > 0) {
+#pragma unroll
+        for (int m = 0; m < kBlocks; ++m) ptx::wgmma_wait<1>(sum[m]);
+        release(previous);
+      }
+      previous = ring.slot;
+    }
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) ptx::wgmma_wait<0>(sum[m]);
+    release(previous);
+
+    // A chunk is 64 filters of 64 pixels, in four parts of sixteen pixels.
+    constexpr int kChunks = kBlocks * kColumns / kConvChunk;
+    const auto enter = [&](int filter, int pixel) {
+      ptx::barrier_wait(b.slot_full(group, out.slot), out.parity);
+      if (p.by_tma || !p.residual_rows) return;
+      unsigned char* slot = memory + slots + out.slot * kChunkBytes;
+      for_chunk(p, thread, filter, pixel, [&](int at, int64_t from) {
+        *reinterpret_cast<T*>(slot + at) = static_cast<const T*>(p.residual_rows)[from];
+      });
+      ptx::sync_named(1 + group, 128);
+    };
+    const auto leave = [&](int filter, int pixel) {
+      ptx::fence_async_shared();
+      ptx::sync_named(1 + group, 128);
+      if (!p.by_tma) {
+        const unsigned char* slot = memory + slots + out.slot * kChunkBytes;
+        for_chunk(p, thread, filter, pixel, [&](int at, int64_t to) {
+          static_cast<T*>(p.out_rows)[to] = *reinterpret_cast<const T*>(slot + at);
+        });
+      }
+      if (thread == 0) {
+        if (p.by_tma) {
+          ptx::store_box(&p.out, base + slots + out.slot * kChunkBytes, filter, pixel);
+          ptx::store_commit();
+          ptx::store_wait_read<1>();
+        }
+        // The slot before this one has been read, by TMA or, since all came to the barrier, by the threads.
+        if (last_slot >= 0) ptx::barrier_arrive(b.slot_empty(group, last_slot));
+        last_slot = out.slot;
+      }
+      out.next(p.slots);
+    };
+#pragma unroll kGeneral ? 1 : kChunks
+    for (int c = 0; c < kChunks; ++c) {
+      const int m = c * kConvChunk / kColumns, n = c * kConvChunk % kColumns;
+      const int filter = first_filter + m * 64, pixel = first_pixel + n;
+      const bool second = kBlocks > 1 && m > 0;
+      enter(filter, pixel);
+#pragma unroll kGeneral ? 1 : 4
+      for (int part = 0; part < 4; ++part) {
+        const int first = kGeneral ? 0 : (c * 4 + part) * 8;
+        float v[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) v[i] = sum[first / kSums][first % kSums + i];
+        finish_eight<T, kGeneral>(p, v, second ? scale[kBlocks - 1] : scale[0], second ? shift[kBlocks - 1] : shift[0],
+                                  base + slots + out.slot * kChunkBytes + swizzle_128(part * 16 + row, chunk));
+        if constexpr (kGeneral) {
+#pragma unroll
+          for (int i = 8; i < kBlocks * kSums; ++i) sum[(i - 8) / kSums][(i - 8) % kSums] = sum[i / kSums][i % kSums];
+        }
+      }
+      leave(filter, pixel);
+    }
+  }
+  if (thread == 0) ptx::store_wait_all();
+}
+
+FASTRES_DEVICE void sync_blocks(int cluster) {
+  if (cluster > 1) {
+    ptx::sync_cluster();
+  } else {
+    ptx::sync_threads();
+  }
+}
+
+template <class T, int kFilters, int kPixels, bool kGeneral>
+__global__ void __launch_bounds__(kThreads, 1) sm90_conv_bn_act_kernel(const __grid_constant__ Sm90Conv p) {
+  constexpr ConvTileShape kTile{kFilters, kPixels};
+  unsigned char* memory = ptx::dynamic_shared();
+  const uint32_t base = ptx::shared_address(memory);
+  const ConvLayout layout = ConvLayout::of(kTile, p.stages, p.slots);
+  const ConvBarriers b{base + layout.barriers};
+  const Tickets tickets{reinterpret_cast<const volatile int*>(memory + layout.ticks), b};
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int rank = p.cluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < p.stages; ++i) {
+      ptx::barrier_init(b.full(i), 1);
+      ptx::barrier_init(b.empty(i), 4 * kConvGroups * p.cluster);
+    }
+    for (int group = 0; group < kConvGroups; ++group)
+      for (int i = 0; i < p.slots; ++i) {
+        ptx::barrier_init(b.slot_full(group, i), 1);
+        ptx::barrier_init(b.slot_empty(group, i), 1);
+      }
+    for (int i = 0; i < p.ticks; ++i) {
+      ptx::barrier_init(b.ticket_full(i), 1);
+      ptx::barrier_init(b.ticket_empty(i), kReaders * p.cluster);
+    }
+    ptx::fence_barrier_init();
+  }
+  ptx::sync_warp();
+  // Nobody arrives at, or loads into, a block that is not ready.
+  sync_blocks(p.cluster);
+  // Filters were written long ago: they come while the kernel before this one is still at work.
+  int ahead = 0;
+  if (threadIdx.x == 0) ahead = load_filters_ahead<kFilters, kPixels>(p, base, b, rank);
+  ptx::wait_for_predecessor();
+  ptx::let_successor_start();
+
+  if (warp < 4) {
+    ptx::give_registers<kLoaderRegisters>();
+    if (lane == 0) {
+      if (warp == 0) {
+        load_operands<kFilters, kPixels>(p, base, b, tickets, rank, ahead);
+      } else if (warp <= kConvGroups) {
+        const int group = warp - 1;
+        load_residuals<kFilters, kPixels>(p, base + layout.slots + group * p.slots * kChunkBytes, b, tickets, rank, group);
+      } else if (rank == 0) {
+        write_tickets(p, base + layout.ticks, b);
+      }
+    }
+  } else {
+    ptx::take_registers<kGroupRegisters>();
+    compute<T, kFilters, kPixels, kGeneral>(p, memory, layout, b, tickets, rank, warp / 4 - 1);
+  }
+  // Nobody leaves while another block may still arrive here or load for it.
+  ptx::sync_warp();
+  sync_blocks(p.cluster);
+}
+
+// [k, taps, c]: channels beyond a tap's last one read as zeros, and not as the next tap's.
+TensorMap filters_map(Type type, const void* base, const ConvShape& v, int box_rows) {
+  TensorMapFields f{type, 3, base};
+  const uint64_t row = uint64_t{2} * v.c, taps = static_cast<uint64_t>(v.r) * v.s;
+  f.size[0] = static_cast<uint64_t>(v.c), f.size[1] = taps, f.size[2] = static_cast<uint64_t>(v.k);
+  f.stride[0] = row, f.stride[1] = row * taps;
+  f.box[0] = kConvDepth, f.box[1] = 1, f.box[2] = static_cast<uint32_t>(box_rows);
+  return make_tensor_map(f);
+}
+
+template <class T, int kFilters, int kPixels>
+Record typed(const Sm90Conv& p) {
+  const Shape shape{dim3(static_cast<unsigned>(p.clusters * p.cluster)), kThreads,
+                    static_cast<unsigned>(ConvLayout::of({kFilters, kPixels}, p.stages, p.slots).bytes),
+                    static_cast<unsigned>(p.cluster)};
+  return make_record(p.act > kRelu ? sm90_conv_bn_act_kernel<T, kFilters, kPixels, true>
+                                   : sm90_conv_bn_act_kernel<T, kFilters, kPixels, false>,
+                     shape, p, "sm90_conv_bn_act");
+}
+
+template <class T>
+Record sized(const Sm90Conv& p, int filters, int pixels) {
+  if (filters == 128 && pixels == 256) return typed<T, 128, 256>(p);
+  if (filters == 256 && pixels == 128) return typed<T, 256, 128>(p);
+  if (filters == 128 && pixels == 128) return typed<T, 128, 128>(p);
+  return typed<T, 64, 256>(p);
+}
+
+}  // namespace
+
+Record sm90_conv_record(const ThroughputConv& t, Type type, int filters, int pixels, int cluster) {
+  const ConvShape& v = t.conv.shape;
+  require(type == Type::kBf16 || type == Type::kFp16, "bfloat16 and float16 are taken");
+  Sm90Conv p = sm90_conv_tiles(t, filters, pixels, cluster, multiprocessors());
+  p.x = make_tensor_map(pixels_fields(type, t.conv.x, v, pixels));
+  p.weight = filters_map(type, t.conv.weight, v, filters / cluster);
+  if (t.second) {
+    p.second = make_tensor_map(pixels_fields(type, t.second, t.second_shape, pixels));
+    p.second_weight = filters_map(type, t.second_weight, t.second_shape, filters / cluster);
+  }
+  if (p.by_tma) {
+    p.out = make_tensor_map(matrix_fields(type, t.conv.out, v.pixels(), v.k, kConvChunk));
+    if (t.conv.residual)
+      p.residual = make_tensor_map(matrix_fields(type, t.conv.residual, v.pixels(), v.k, kConvChunk));
+  }
+  p.scale = t.conv.scale, p.shift = t.conv.shift;
+  p.residual_rows = t.conv.residual, p.out_rows = t.conv.out, p.counter = t.conv.counters;
+  p.act = t.conv.act, p.act_param = t.conv.act_param;
+  return type == Type::kBf16 ? sized<bf16>(p, filters, pixels) : sized<fp16>(p, filters, pixels);
+}
+
+}  // namespace fastres
