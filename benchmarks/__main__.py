@@ -1,3 +1,5 @@
 from benchmarks.cli import app
 
-app(prog_name="python -m benchmarks")
+# A measuring process imports this file too.
+if __name__ == "__main__":
+    app(prog_name="python -m benchmarks")

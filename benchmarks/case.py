@@ -42,7 +42,7 @@ class Entry:
     """One provider in one case: how to build its call, or why there is none.
 
     `inputs` turns the subject's inputs into its own form; `capturable`: its call may be captured into a CUDA
-    graph by whoever times it.
+    graph by whoever times it; `compiles`: its first call may take minutes.
     """
 
     provider: str
@@ -50,6 +50,7 @@ class Entry:
     inputs: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]] = lambda given: given
     skip: str = ""
     capturable: bool = True
+    compiles: bool = False
 
 
 @dataclass

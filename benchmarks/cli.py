@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from benchmarks import engine, results, summary
-from benchmarks.case import Case
+from benchmarks import results, summary
 from benchmarks.compare import comparison, peer_deviations
-from benchmarks.levels import LEVELS, cases
-from benchmarks.providers import providers
-from benchmarks.providers.base import Provider
-from benchmarks.scope import Scope, scope
-from fastres.bench.environment import environment
+from benchmarks.levels import LEVELS
+from benchmarks.scope import scope
+from benchmarks.worker import Bench, Work
+from fastres.bench.environment import Environment, environment
 from fastres.bench.table import console, progress
 from fastres.bench.timing import threads
 from fastres.plan.problem import dtype_name
@@ -55,29 +54,27 @@ def run(
     """Measure fastres against its peers, each verified against fp64 first."""
     if context.invoked_subcommand is not None:
         return
+    start = time.monotonic()
     size = "smoke" if smoke else "quick" if quick else "full"
     # A smoke run times nothing of worth; on busy cores one thread is many times faster than two.
     num_threads = 1 if smoke and num_threads is None else num_threads
     try:
         covered = scope(size, device, dtype, batch, model, seconds, minutes)
-        names = [name.strip() for name in level.split(",")] if level else list(LEVELS)
-        chosen = providers([name.strip() for name in only.split(",")] if only else ())
-        listed = [case for name in names for case in cases(name, covered)]
+        bench = Bench(Work(covered, _split(level) or LEVELS, select=_split(only), threads=num_threads))
     except (ValueError, ImportError) as error:
         raise typer.BadParameter(str(error)) from error
     with threads(num_threads):
         machine = environment(covered.device)
-        show = console()
-        for line in machine.lines():
-            show.print(line)
-        rows = _measure_all(listed, chosen, covered)
+    show = console()
+    for line in machine.lines():
+        show.print(line)
+    path = None if out is None else out / f"{machine.slug}-{machine.date[:10]}.csv"
+    rows = _measure_all(bench, path, machine, start)
     show.print(summary.networks(rows))
     show.print(summary.levels(rows))
     for line in summary.troubles(rows):
         show.print(line, markup=False)
-    if out is not None:
-        path = out / f"{machine.slug}-{machine.date[:10]}.csv"
-        results.write(path, rows, machine)
+    if path is not None:
         show.print(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MiB)")
         from benchmarks.plot import plot
 
@@ -87,33 +84,52 @@ def run(
         raise typer.Exit(1)
 
 
-def _measure_all(listed: list[Case], chosen: list[Provider], covered: Scope) -> list[results.Row]:
-    if covered.cuda:
-        torch.backends.cudnn.benchmark = True
-    # A compiler's first call is measured: nothing may be left in its cache from an earlier run.
-    cache = tempfile.TemporaryDirectory(prefix="benchmarks-inductor-")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache.name)
-    start = time.monotonic()
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",")) if text else ()
+
+
+def _measure_all(bench: Bench, path: Path | None, machine: Environment, start: float) -> list[results.Row]:
+    """The rows of every case; each is in the file at `path` as soon as it is there."""
+    covered = bench.work.scope
     deadline = None if covered.minutes is None else start + 60 * covered.minutes
+    counts = [len(entries) for entries in bench.entries]
     rows: list[results.Row] = []
     spent: dict[str, float] = {}
-    with cache, progress() as bar:
-        total = sum(len(engine.entries(case, chosen, covered)) for case in listed)
-        task = bar.add_task("start", total=total)
-        for case in listed:
+    file = contextlib.nullcontext(lambda rows: None) if path is None else results.writing(path, machine)
+    with _own_compiler_cache(), file as append, bench, progress() as bar:
+        task = bar.add_task("start", total=sum(counts))
+        for i, case in enumerate(bench.cases):
             began = time.monotonic()
-            at = f"{case.level}: {case.name}, batch {case.batch}"
-            rows += engine.measure(
-                case,
-                chosen,
-                covered,
-                deadline=deadline,
-                on_entry=lambda name, at=at: bar.update(task, advance=1, description=f"{at}, {name}"),
-            )
+            at = f"{case.level}: {case.name}, {dtype_name(case.dtype)}, batch {case.batch}"
+            done = sum(counts[:i])
+            steps: list[str] = []
+
+            def on_step(step: str, at: str = at, done: int = done, steps: list[str] = steps) -> None:
+                steps.append(step)
+                bar.update(task, completed=done + len(set(steps)) - 1, description=f"{at}, {step}")
+
+            measured = bench.measure(i, deadline=deadline, on_step=on_step)
+            append(measured)
+            rows += measured
             spent[case.level] = spent.get(case.level, 0.0) + time.monotonic() - began
     spent["all"] = time.monotonic() - start
     print(f"{len(rows)} rows; seconds:", *(f"{k} {v:.0f}" for k, v in spent.items()), file=sys.stderr)
     return rows
+
+
+@contextlib.contextmanager
+def _own_compiler_cache() -> Iterator[None]:
+    """A compiler's first call is measured: nothing may be left in its cache from an earlier run."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory(prefix="benchmarks-inductor-", ignore_cleanup_errors=True) as folder:
+        os.environ[name] = folder
+        try:
+            yield
+        finally:
+            del os.environ[name]
+            if before is not None:
+                os.environ[name] = before
 
 
 @app.command()
@@ -142,20 +158,13 @@ def peers(
     if not torch.cuda.is_available():
         raise typer.BadParameter("the recorded rows are a GPU's, and none is visible here")
     before = results.read(recorded)
-    covered = dataclasses.replace(
-        scope("full", "cuda", "bf16,fp16,fp32", "1,32,256", "resnet50", seconds=0.4), minutes=None
-    )
-    wanted = {(row.level, row.batch, row.dtype) for row in before.rows}
-    listed = [
-        case
-        for level in ("model", "training")
-        for case in cases(level, covered)
-        if (level, case.batch, dtype_name(case.dtype)) in wanted
-    ]
+    covered = scope("full", "cuda", "bf16,fp16,fp32", "1,32,256", "resnet50", seconds=0.4, minutes=7.5)
+    wanted = frozenset((row.level, row.batch, row.dtype, row.provider) for row in before.rows)
+    select = tuple(sorted({row.provider for row in before.rows}))
     machine = environment(covered.device)
-    rows = _measure_all(listed, providers(sorted({row.provider for row in before.rows})), covered)
     path = out / f"{machine.slug}-{machine.date[:10]}-peers.csv"
-    results.write(path, rows, machine)
+    start = time.monotonic()
+    _measure_all(Bench(Work(covered, ("model", "training"), select, wanted)), path, machine, start)
     shown, off = peer_deviations(before, results.read(path))
     console().print(shown)
     print(f"wrote {path}")

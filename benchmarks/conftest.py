@@ -14,9 +14,10 @@ import torch
 
 from benchmarks import levels
 from benchmarks.case import Case, Entry
-from benchmarks.engine import Trial, entries, gradients
+from benchmarks.engine import entries
 from benchmarks.providers import providers
 from benchmarks.scope import Scope, scope
+from benchmarks.trial import Trial, gradients
 from fastres.bench.timing import capture
 from fastres.plan.problem import dtype_name
 

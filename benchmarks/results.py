@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -94,15 +96,33 @@ class Results:
         return [row for row in self.rows if all(getattr(row, k) == v for k, v in wanted.items())]
 
 
-def write(path: Path, rows: Iterable[Row], environment: Environment) -> None:
-    """Write `rows` as CSV, the environment in every row, numbers with six digits at most."""
+@contextmanager
+def writing(path: Path, environment: Environment) -> Iterator[Callable[[Iterable[Row]], None]]:
+    """A function that appends rows to a CSV file at once, the environment in every row.
+
+    The file is `path`.part until the block has ended without an error: an interrupted run leaves what it
+    measured and replaces no earlier file. Numbers have six digits at most.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     machine = environment.as_dict()
-    with path.open("w", newline="") as file:
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        for row in rows:
-            writer.writerow({name: _text(getattr(row, name)) for name in _FIELDS} | machine)
+
+        def append(rows: Iterable[Row]) -> None:
+            for row in rows:
+                writer.writerow({name: _text(getattr(row, name)) for name in _FIELDS} | machine)
+            file.flush()
+
+        yield append
+    os.replace(part, path)
+
+
+def write(path: Path, rows: Iterable[Row], environment: Environment) -> None:
+    """Write `rows` to a CSV file."""
+    with writing(path, environment) as append:
+        append(rows)
 
 
 def read(path: Path) -> Results:

@@ -21,7 +21,7 @@ class Scope:
         batches: None: each level's own choice.
         networks: for the model level; None: its own choice.
         seconds: timing of one provider in one case.
-        minutes: what is not begun by then is left out, and says so; None: no limit.
+        minutes: the run ends by then; what is not measured says so; None: no limit.
     """
 
     size: str
@@ -40,6 +40,11 @@ class Scope:
     def image(self) -> int:
         """Height and width of images."""
         return 32 if self.size == "smoke" else 224
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a provider may take to answer for the first time; a compiler may take three times it."""
+        return self.pick(smoke=60.0, quick=90.0, full=300.0)
 
     def pick(self, *, smoke, quick, full, cuda_quick=None, cuda_full=None):
         """The value for this run's size and kind of device."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from functools import lru_cache
+
 import torch
+from torch import nn
 
 from benchmarks.case import Case, Subject, to_device
 from benchmarks.scope import Scope
@@ -29,10 +33,9 @@ def cases(scope: Scope) -> list[Case]:
 
 def case(network: str, n: int, image: int, dtype: torch.dtype, device: torch.device) -> Case:
     def make() -> Subject:
-        images = photographs(max(n, CALIBRATION_IMAGES), size=image).to(device)
-        module = to_device(load_model(network), device)
-        calibrate_bn(module, images[:CALIBRATION_IMAGES])
-        x = images[:n].to(dtype).contiguous(memory_format=torch.channels_last)
+        # A copy: what is prepared for a module in one case shall not shorten a first call in another.
+        module = copy.deepcopy(_network(network, image, device))
+        x = photographs(n, size=image).to(device, dtype).contiguous(memory_format=torch.channels_last)
         return Subject(module, (x,))
 
     return Case(
@@ -47,3 +50,10 @@ def case(network: str, n: int, image: int, dtype: torch.dtype, device: torch.dev
         model=network,
         clock="call",
     )
+
+
+@lru_cache(maxsize=1)
+def _network(name: str, image: int, device: torch.device) -> nn.Module:
+    """The same for every batch and dtype, which follow each other."""
+    module = to_device(load_model(name), device)
+    return calibrate_bn(module, photographs(CALIBRATION_IMAGES, size=image).to(device))

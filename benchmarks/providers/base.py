@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from benchmarks.case import Call, Case, Entry, Subject
+from benchmarks.scope import Scope
 
 
 class Provider:
@@ -17,24 +18,22 @@ class Provider:
     Attributes:
         name: in tables and files.
         levels: where it takes part.
-        quick: whether it takes part in a quick run.
-        quick_levels: where it takes part in a quick run, if its first calls are too slow for all of them.
         capturable: its call may be captured into a CUDA graph from outside.
+        compiles: its first call may take minutes.
     """
 
     name = ""
     levels: frozenset[str] = frozenset(("layer", "fused", "block", "model"))
-    quick = True
-    quick_levels: frozenset[str] | None = None
     capturable = True
+    compiles = False
 
-    def takes_part(self, case: Case, size: str) -> bool:
-        """Whether it is listed at `case` in a run of `size` ("smoke", "quick", "full")."""
-        if case.level not in self.levels:
-            return False
-        if size == "smoke":
-            return self.quick and self.quick_levels is None
-        return size == "full" or (self.quick and case.level in (self.quick_levels or self.levels))
+    def takes_part(self, case: Case, scope: Scope) -> bool:
+        """Whether it is listed at `case` in a run of `scope`."""
+        return case.level in self.levels and (scope.size == "full" or self.brief(case, scope))
+
+    def brief(self, case: Case, scope: Scope) -> bool:
+        """Whether it is listed in a quick or a smoke run: not where its first calls would take minutes."""
+        return True
 
     def skip(self, case: Case) -> str:
         """Why it cannot run `case`, or an empty string."""
@@ -52,7 +51,13 @@ class Provider:
         skip = self.skip(case)
         if skip:
             return Entry(self.name, skip=skip)
-        return Entry(self.name, lambda s: self.build(s, case), self.inputs, capturable=self.capturable)
+        return Entry(
+            self.name,
+            lambda s: self.build(s, case),
+            self.inputs,
+            capturable=self.capturable,
+            compiles=self.compiles,
+        )
 
 
 def converted(

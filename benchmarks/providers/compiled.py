@@ -6,31 +6,33 @@ import torch
 
 from benchmarks.case import Call, Case, Subject
 from benchmarks.providers.base import Provider, converted
+from benchmarks.scope import Scope
 
 
 class Compiled(Provider):
+    compiles = True
+
     def __init__(
         self,
         name: str,
         mode: str,
         *levels: str,
         freezing: bool = False,
-        quick: tuple[str, ...] = (),
+        quick_cpu: tuple[str, ...] = (),
+        quick_cuda: tuple[str, ...] = (),
     ):
         self.name = name
         self.mode = mode
         self.freezing = freezing
-        self.quick = bool(quick)
-        self.quick_levels = frozenset(quick)
+        self.quick = {"cpu": quick_cpu, "cuda": quick_cuda}
         self.levels = frozenset(levels)
         # Both modes bring CUDA graphs of their own.
         self.capturable = mode == "default"
 
-    def takes_part(self, case: Case, size: str) -> bool:
-        # On a CPU compiling a training step takes minutes.
-        if size == "quick" and case.level == "training" and case.device.type == "cpu":
-            return False
-        return super().takes_part(case, size)
+    def brief(self, case: Case, scope: Scope) -> bool:
+        # A network takes it half a minute; on a GPU one 16-bit type is as fast as the other.
+        one = not scope.cuda or case.dtype == scope.dtypes[0]
+        return scope.size == "quick" and case.level in self.quick[case.device.type] and one
 
     def skip(self, case: Case) -> str:
         if case.device.type == "cpu" and self.mode == "reduce-overhead":
@@ -51,10 +53,20 @@ class Compiled(Provider):
 
 INFERENCE = ("layer", "fused", "block", "model")
 PROVIDERS = [
-    Compiled("compile", "default", "op", *INFERENCE, "training", quick=("op", "training")),
-    Compiled("compile freezing", "default", *INFERENCE, freezing=True, quick=("block", "model")),
-    Compiled("compile reduce-overhead", "reduce-overhead", "model", quick=("model",)),
-    Compiled("compile reduce-overhead freezing", "reduce-overhead", "model", freezing=True, quick=("model",)),
+    Compiled(
+        "compile",
+        "default",
+        "op",
+        *INFERENCE,
+        "training",
+        quick_cpu=("op", "model"),
+        quick_cuda=("training",),
+    ),
+    Compiled("compile freezing", "default", *INFERENCE, freezing=True, quick_cpu=("block", "model")),
+    Compiled("compile reduce-overhead", "reduce-overhead", "model", quick_cuda=("model",)),
+    Compiled(
+        "compile reduce-overhead freezing", "reduce-overhead", "model", freezing=True, quick_cuda=("model",)
+    ),
     Compiled("compile max-autotune", "max-autotune", "model"),
     Compiled("compile max-autotune freezing", "max-autotune", "block", "model", freezing=True),
 ]

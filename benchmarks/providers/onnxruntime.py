@@ -11,6 +11,7 @@ from torch import Tensor
 from benchmarks.case import Call, Case, Subject
 from benchmarks.providers.base import Provider, converted
 from benchmarks.providers.missing import missing
+from benchmarks.scope import Scope
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16"}
 
@@ -19,6 +20,10 @@ class OnnxRuntime(Provider):
     name = "ONNX Runtime"
     levels = frozenset(("block", "model"))
     capturable = False
+    compiles = True
+
+    def brief(self, case: Case, scope: Scope) -> bool:
+        return scope.size == "quick" and case.level == "model"
 
     def skip(self, case: Case) -> str:
         reason = missing("onnxruntime") or missing("onnx") or missing("onnxscript")

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.case import Call, Case, Subject
 from benchmarks.providers.base import Provider
+from benchmarks.scope import Scope
 
 BACKENDS = {
     "reference": ("cpu", "cuda"),
@@ -30,8 +31,13 @@ class Plan(Provider):
         self.name = "fastres" if backend == "auto" else f"fastres {backend}"
         if backend != "auto":
             self.levels = frozenset(("layer", "fused", "model"))
-            self.quick = backend != "reference"
-            self.quick_levels = frozenset(("fused", "model"))
+
+    def brief(self, case: Case, scope: Scope) -> bool:
+        if self.backend == "auto":
+            return True
+        # On a GPU a backend's kernels are compiled anew for every type.
+        one = not scope.cuda or case.dtype == scope.dtypes[0]
+        return scope.size == "quick" and self.backend != "reference" and case.level != "layer" and one
 
     def skip(self, case: Case) -> str:
         if self.backend != "auto" and case.device.type not in BACKENDS[self.backend]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -255,19 +256,30 @@ def time_gpu_interleaved(
     budget_s: float = 0.3,
     warmup_s: float = 0.02,
     graph: bool | Mapping[str, bool] = True,
+    on_refusal: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timing]:
-    """`time_gpu` of competitors, one sample of each in every round. `graph` may be given per name."""
-    if not launches:
-        return {}
+    """`time_gpu` of competitors, one sample of each in every round. `graph` may be given per name.
+
+    Args:
+        on_refusal: called with the name and the error of a competitor that cannot be captured, which then
+            takes no part; None: the error is raised.
+    """
     calls, counts = {}, {}
     for name, given in launches.items():
         group = [given] if callable(given) else list(given)
         if not group:
             raise ValueError(f"launches: {name!r} has none")
+        buffers = len(group)
         # Short groups are repeated inside the graph: a replay of a single 5 us kernel would time the replay.
-        group = group * max(1, math.ceil(16 / len(group)))
+        group = group * max(1, math.ceil(16 / buffers))
         captured = graph if isinstance(graph, bool) else graph.get(name, True)
-        calls[name] = capture(group) if captured else _in_turn(group)
+        try:
+            calls[name] = capture(group, keep=buffers) if captured else _in_turn(group)
+        except Exception as error:
+            if on_refusal is None:
+                raise
+            on_refusal(name, error)
+            continue
         counts[name] = len(group)
     timings = time_interleaved(
         calls, rounds=rounds, budget_s=budget_s, warmup_s=warmup_s, min_rounds=7, device="cuda"
@@ -286,9 +298,15 @@ def _in_turn(group: Sequence[Callable[[], object]]) -> Callable[[], None]:
     return call
 
 
-def capture(group: Sequence[Callable[[], object]], *, warmups: int = 2) -> Callable[[], None]:
-    """A CUDA graph of the calls, one after the other, as a callable that replays it. What they returned while
-    being captured is kept alive."""
+def capture(
+    group: Sequence[Callable[[], object]], *, warmups: int = 2, keep: int | None = None
+) -> Callable[[], None]:
+    """A CUDA graph of the calls, one after the other, as a callable that replays it.
+
+    Args:
+        keep: so many of the latest results are alive at once, in `.kept` (None: all). Later calls write where
+            earlier ones did: sixteen results of a large layer, times every competitor, would not fit.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -298,8 +316,10 @@ def capture(group: Sequence[Callable[[], object]], *, warmups: int = 2) -> Calla
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
+    kept: deque[object] = deque(maxlen=keep)
     with torch.cuda.graph(captured):
-        kept = [launch() for launch in group]
+        for launch in group:
+            kept.append(launch())
 
     def replay() -> None:
         captured.replay()

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -100,6 +101,60 @@ def test_a_crash_prints_its_error_and_a_gap_its_reason(case):
     assert by_name[BASELINE].speedup == 1.0
 
 
+def test_who_raises_while_it_is_timed_is_taken_out(case):
+    class Tires(Provider):
+        name = "tires"
+
+        def build(self, subject, case):
+            calls = itertools.count()
+
+            def call(x):
+                if next(calls) > 4:
+                    raise RuntimeError("enough")
+                return subject.module(x)
+
+            return call
+
+    right, tired, last = engine.measure(case, [EagerChannelsLast(), Tires(), Folded()], SCOPE)
+    assert (tired.status, tired.reason) == ("failed", "while it was timed: RuntimeError: enough")
+    assert tired.median_ms is None and tired.error < 1e-6
+    assert right.median_ms > 0 and last.speedup > 0
+
+
+def test_without_a_reference_everybody_fails_once(case):
+    made = []
+
+    def make():
+        made.append(1)
+        raise MemoryError("too large")
+
+    rows = engine.measure(dataclasses.replace(case, make=make), [EagerChannelsLast(), Folded()], SCOPE)
+    assert {(row.status, row.reason) for row in rows} == {
+        ("failed", "fp64 reference: MemoryError: too large")
+    }
+    assert len(made) == 1
+
+
+def test_a_gpu_that_answers_no_more_ends_the_process(case, monkeypatch):
+    def lost(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    with pytest.raises(engine.DeviceLost, match="illegal memory access"):
+        engine.measure(dataclasses.replace(case, device=torch.device("cuda")), [EagerChannelsLast()], SCOPE)
+
+
+def test_compilers_are_built_last_and_listed_in_their_place(case):
+    class Compiles(Folded):
+        name = "compiles"
+        compiles = True
+
+    steps = []
+    rows = engine.measure(case, [Compiles(), EagerChannelsLast(), EagerNCHW()], SCOPE, on_step=steps.append)
+    assert [row.provider for row in rows] == [BASELINE, "compiles", "eager NCHW"]
+    assert steps == [engine.PREPARING, BASELINE, "eager NCHW", "compiles", engine.TIMING]
+
+
 def test_rates_follow_from_the_median_and_the_floor(case):
     (row,) = engine.measure(case, [EagerChannelsLast()], SCOPE)
     assert row.gb_s == pytest.approx(1000 / row.median_ms / 1e6)
@@ -176,6 +231,16 @@ def test_a_file_read_is_what_was_written(write):
     read = results.read(write("a.csv", *rows))
     assert read.rows == rows
     assert read.environment["torch"] == torch.__version__ and read.environment["threads"]
+
+
+def test_an_interrupted_run_leaves_its_rows_and_the_earlier_file(write, tmp_path):
+    path = write("a.csv", _row())
+    with pytest.raises(KeyboardInterrupt), results.writing(path, environment("cpu")) as append:
+        append([_row(median_ms=5.0)])
+        assert results.read(tmp_path / "a.csv.part").rows[0].median_ms == 5.0
+        raise KeyboardInterrupt
+    assert results.read(path).rows[0].median_ms == 10.0
+    assert results.read(tmp_path / "a.csv.part").rows[0].median_ms == 5.0
 
 
 def test_the_schema_has_what_a_claim_of_speed_needs(write):

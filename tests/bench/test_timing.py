@@ -12,6 +12,7 @@ from fastres.bench.timing import (
     ratio,
     threads,
     time_gpu,
+    time_gpu_interleaved,
     time_interleaved,
 )
 
@@ -119,6 +120,43 @@ def test_latency_keeps_single_calls_and_their_tail(work):
 
 def test_host_overhead_is_per_call(work):
     assert host_overhead(work(1.0), calls=3, rounds=3).median == pytest.approx(1.0)
+
+
+def test_who_cannot_be_captured_is_named_and_the_others_are_timed(work, monkeypatch):
+    """The graphs are imitated; no GPU is needed for who takes part, how often, and what is kept alive."""
+    keeps, refused = [], {}
+
+    def capture(group, *, keep):
+        keeps.append((len(group), keep))
+        return timing_module._in_turn([launch for launch in group if launch() is None])
+
+    def bad():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(timing_module, "capture", capture)
+    monkeypatch.setattr(timing_module, "_cuda_sample", timing_module._cpu_sample)
+    competitors = {"one": [work(0.5)], "bad": [bad], "five": [work(1.0)] * 5}
+    timings = time_gpu_interleaved(competitors, rounds=3, on_refusal=refused.__setitem__)
+    assert list(timings) == ["one", "five"] and "not permitted" in str(refused["bad"])
+    assert timings["one"].median == pytest.approx(0.5) and timings["five"].median == pytest.approx(1.0)
+    # at least 16 launches a graph, and no more results alive than there are buffers
+    assert keeps == [(16, 1), (16, 1), (20, 5)]
+    with pytest.raises(RuntimeError, match="not permitted"):
+        time_gpu_interleaved(competitors, rounds=3)
+
+
+@pytest.mark.gpu
+def test_gpu_graph_keeps_only_the_latest_results():
+    made = []
+
+    def launch():
+        out = torch.zeros(1 << 20, device="cuda")
+        made.append(out.data_ptr())
+        return out
+
+    replay = timing_module.capture([launch] * 16, warmups=1, keep=2)
+    assert len(replay.kept) == 2 and len(set(made[-16:])) <= 3
+    replay()
 
 
 @pytest.mark.gpu

@@ -1,0 +1,199 @@
+"""Cases run in a process of their own: a crash, a hang or a lost GPU costs one provider there, not the run."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import torch
+
+from benchmarks import engine, levels
+from benchmarks.case import Case
+from benchmarks.providers import providers
+from benchmarks.providers.base import Provider
+from benchmarks.results import Row
+from benchmarks.scope import Scope
+from benchmarks.trial import new_row
+from fastres.plan.problem import dtype_name
+
+# A provider that ended this many processes is not tried again.
+MOST_DEATHS = 2
+# The last part of a run's time, in which nothing more is begun, and what is begun is timed.
+_LAST = 0.05
+# A process that starts may take so many seconds, on a busy machine.
+_START_S = 150.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is measured; a process makes the same list of cases from it.
+
+    Attributes:
+        select: patterns of providers, none for all.
+        only: (level, batch, dtype, provider) of the rows that are wanted; None: all.
+        threads: CPU threads; None: PyTorch's.
+    """
+
+    scope: Scope
+    levels: tuple[str, ...]
+    select: tuple[str, ...] = ()
+    only: frozenset[tuple[str, int, str, str]] | None = None
+    threads: int | None = None
+
+    def cases(self) -> list[Case]:
+        """All that somebody takes part in."""
+        found = [case for level in self.levels for case in levels.cases(level, self.scope)]
+        return [case for case in found if self.providers(case)]
+
+    def providers(self, case: Case) -> list[Provider]:
+        """Those who are wanted at `case`."""
+        known = providers(self.select)
+        if self.only is None:
+            return known
+        setting = (case.level, case.batch, dtype_name(case.dtype))
+        return [provider for provider in known if (*setting, provider.name) in self.only]
+
+
+class Bench:
+    """Measures the cases of a `Work`, in a process that is started anew whenever it dies or hangs."""
+
+    def __init__(self, work: Work, patience: float | None = None):
+        self.work = work
+        self.cases = work.cases()
+        self.entries = [engine.entries(case, work.providers(case), work.scope) for case in self.cases]
+        self.patience = patience or work.scope.patience
+        self._deaths: Counter[str] = Counter()
+        self._process: multiprocessing.Process | None = None
+        self._pipe: Connection | None = None
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def measure(
+        self, index: int, *, deadline: float | None = None, on_step: Callable[[str], None] = lambda name: None
+    ) -> list[Row]:
+        """The rows of `cases[index]`, as `engine.measure` gives them.
+
+        A provider that kills the process, loses the GPU or does not answer within the scope's patience is
+        failed, and the case is measured again without it. At `deadline` the process is ended, whatever it is
+        doing.
+        """
+        dead = {
+            name: f"not tried: it has ended {n} processes"
+            for name, n in self._deaths.items()
+            if n >= MOST_DEATHS
+        }
+        while True:
+            if deadline is not None and time.monotonic() >= deadline:
+                return self._unmeasured(index, "skipped", engine.TIME_OVER, dead)
+            step, outcome = self._attempt(index, deadline, dead, on_step)
+            if isinstance(outcome, list):
+                return outcome
+            self._stop()
+            if outcome == engine.TIME_OVER:
+                continue
+            if step in ("", engine.PREPARING, engine.TIMING):
+                return self._unmeasured(index, "failed", f"{step or 'start'}: {outcome}", dead)
+            self._deaths[step] += 1
+            dead[step] = outcome
+
+    def _attempt(
+        self, index: int, deadline: float | None, dead: dict[str, str], on_step: Callable[[str], None]
+    ) -> tuple[str, list[Row] | str]:
+        """The step that was the last to begin, and the rows, or what happened in it."""
+        pipe, step = self._connection(), ""
+        try:
+            last = 0.0 if deadline is None else _LAST * 60 * (self.work.scope.minutes or 0.0)
+            pipe.send((index, None if deadline is None else deadline - last, dead))
+            while True:
+                patience = self._patience(index, step)
+                left = patience if deadline is None else min(patience, deadline - time.monotonic())
+                if not pipe.poll(max(0.0, left)):
+                    over = left < patience
+                    return step, engine.TIME_OVER if over else f"no answer within {patience:.0f} s"
+                kind, value = pipe.recv()
+                if kind == "rows":
+                    return step, value
+                if kind == "lost":
+                    return step, f"the GPU was lost: {value}"
+                step = value
+                on_step(step)
+        except (EOFError, OSError):
+            self._process.join()
+            code = self._process.exitcode
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            return step, f"the process died: {how}"
+
+    def _patience(self, index: int, step: str) -> float:
+        if not step:
+            return max(_START_S, self.patience)
+        quick = any(entry.provider == step and not entry.compiles for entry in self.entries[index])
+        return self.patience * (1 if quick else 3)
+
+    def _connection(self) -> Connection:
+        if self._process is None:
+            spawn = multiprocessing.get_context("spawn")
+            self._pipe, theirs = spawn.Pipe()
+            self._process = spawn.Process(target=_serve, args=(self.work, theirs))
+            self._process.start()
+            theirs.close()
+        return self._pipe
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        # With its compilers, which are children of its own.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        self._process.join()
+        self._pipe.close()
+        self._process = self._pipe = None
+
+    def _unmeasured(self, index: int, status: str, reason: str, dead: dict[str, str]) -> list[Row]:
+        case, rows = self.cases[index], []
+        for entry in self.entries[index]:
+            row = new_row(case, entry.provider)
+            row.status, row.reason = ("skipped", entry.skip) if entry.skip else (status, reason)
+            if entry.provider in dead:
+                row.status, row.reason = "failed", dead[entry.provider]
+            rows.append(row)
+        return rows
+
+
+def _serve(work: Work, pipe: Connection) -> None:
+    """The other end: measures what it is asked for until the pipe closes."""
+    os.setsid()
+    if work.threads is not None:
+        torch.set_num_threads(work.threads)
+    if work.scope.cuda:
+        torch.backends.cudnn.benchmark = True
+    cases = work.cases()
+    while True:
+        try:
+            index, deadline, dead = pipe.recv()
+        except EOFError:
+            return
+        try:
+            rows = engine.measure(
+                cases[index],
+                work.providers(cases[index]),
+                work.scope,
+                deadline=deadline,
+                dead=dead,
+                on_step=lambda name: pipe.send(("step", name)),
+            )
+        except engine.DeviceLost as error:
+            return pipe.send(("lost", str(error)))
+        pipe.send(("rows", rows))
