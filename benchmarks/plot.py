@@ -49,12 +49,17 @@ def plot(run: Results, out: Path, formats: Sequence[str] = ("png",)) -> list[Pat
         figure = draw(run)
         if figure is None:
             continue
-        for kind in formats:
-            path = out / f"{stem}-{name}.{kind}"
-            figure.savefig(path, dpi=120, metadata={"Date": None} if kind == "svg" else None)
-            written.append(path)
-        plt.close(figure)
+        written += [save(figure, out / f"{stem}-{name}.{kind}") for kind in formats]
     return written
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write a chart; an SVG of the same rows is the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context({"svg.hashsalt": "fastres"}):
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+    return path
 
 
 def machine(run: Results) -> str:
@@ -85,7 +90,7 @@ def speedups(run: Results) -> Figure | None:
     if not panels:
         return None
     colour = colours([r.provider for r in rows])
-    columns = min(3, len(panels))
+    columns = 4 if len(panels) % 4 == 0 else min(3, len(panels))
     lines = -(-len(panels) // columns)
     most = max(len([r for r in rows if (r.name, r.dtype, r.batch) == panel]) for panel in panels)
     figure, axes = plt.subplots(

@@ -89,11 +89,36 @@ def test_readme_is_written_between_the_markers_and_then_up_to_date(file, tmp_pat
     assert readme.update(path, file.parent)
     text = path.read_text()
     assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
-    assert "| **fastres** | 200 (2.00x) | 200 (0.25x) |" in text
+    assert "| **fastres** | **200** (2.00x) | **200** (0.25x) |" in text
+    assert "| eager channels_last | 100 | 100 |" in text
     assert "(results/machine-2030-01-01.csv)" in text and "wrong one" not in text
     chart = text.split("](")[-1].split(")")[0]
     assert (tmp_path / chart).is_file()
     assert not readme.update(path, file.parent)
+
+
+def test_readme_shows_every_device_and_keeps_recordings_apart(file, tmp_path):
+    folder, here = file.parent, environment("cpu")
+    gpu = dataclasses.replace(
+        here, device="A GPU", threads="", driver="1.2", cudnn="9", date="2029-01-01T00:00Z"
+    )
+    row = network_row("fastres", 8, 2.0)
+    results.write(folder / "gpu-2029-01-01.csv", [row, network_row("fastres cudnn", 8, 4.0)], gpu)
+    # measured again for comparison, and an older run of the same GPU: neither is shown
+    again = dataclasses.replace(gpu, date="2029-02-01T00:00Z")
+    results.write(folder / "gpu-2029-02-01-peers.csv", [network_row("eager NCHW", 8, 7.0)], again)
+    old = dataclasses.replace(gpu, date="2028-12-01T00:00Z")
+    results.write(folder / "gpu-2028-12-01.csv", [network_row("fastres", 8, 3.0)], old)
+    results.write(folder / "recorded" / "peers.csv", [network_row("eager NCHW", 8, 5.0)], gpu)
+    text = readme.section(folder, tmp_path)
+    measured, recorded = text.split("**Recorded")
+    assert [line.split("**")[1] for line in measured.splitlines() if line.startswith("**")] == [
+        "A GPU",
+        here.device,
+    ]
+    assert "| **fastres** | 4,000 (5.00x) |" in measured and "fastres cudnn" not in measured
+    assert "eager NCHW" not in measured and "| eager NCHW | 1,600 (2.00x) |" in recorded
+    assert "fastres is not among these rows" in recorded and "driver 1.2" in measured
 
 
 def test_readme_without_markers_is_refused(tmp_path):
