@@ -70,8 +70,9 @@ def run(
         show.print(line)
     path = None if out is None else out / f"{machine.slug}-{machine.date[:10]}.csv"
     rows = _measure_all(bench, path, machine, start)
-    show.print(summary.networks(rows))
-    show.print(summary.levels(rows))
+    for shown in (summary.networks(rows), summary.levels(rows)):
+        if shown.row_count:
+            show.print(shown)
     for line in summary.troubles(rows):
         show.print(line, markup=False)
     if path is not None:

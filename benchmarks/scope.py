@@ -37,6 +37,11 @@ class Scope:
         return self.device.type == "cuda"
 
     @property
+    def part_dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of what is smaller than a network: in a quick run on a GPU the first alone."""
+        return self.dtypes[:1] if self.cuda and self.size == "quick" else self.dtypes
+
+    @property
     def image(self) -> int:
         """Height and width of images."""
         return 32 if self.size == "smoke" else 224

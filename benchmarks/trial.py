@@ -30,7 +30,8 @@ class Trial:
         self.case = case
         with _ordinary_tensors():
             self.subject = case.make()
-            self.reference = self.subject.reference()
+            with _no_cudnn_search():
+                self.reference = self.subject.reference()
         self.limit: float | None = None
 
     def call(self, entry: Entry, row: Row | None = None) -> Call:
@@ -85,6 +86,17 @@ def _ordinary_tensors() -> Iterator[None]:
     """Parameters made in inference mode count no versions: fastres would prepare them anew at every call."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+@contextmanager
+def _no_cudnn_search() -> Iterator[None]:
+    """What runs once in fp64 is not worth timing every algorithm of cuDNN in fp64."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def gradients(case: Case) -> AbstractContextManager:

@@ -15,9 +15,6 @@ def cases(scope: Scope) -> list[Case]:
     batches = scope.batches or scope.pick(
         smoke=(1,), quick=(8,), cuda_quick=(256,), full=(1, 8), cuda_full=(1, 32, 256)
     )
-    dtypes = scope.pick(
-        smoke=scope.dtypes, quick=scope.dtypes, cuda_quick=scope.dtypes[:1], full=scope.dtypes
-    )
     # name, kind, inplanes, planes, stride, groups, base width, size
     blocks = [
         ("bottleneck 256, stage 1", "Bottleneck", 256, 64, 1, 1, 64, 56),
@@ -31,7 +28,12 @@ def cases(scope: Scope) -> list[Case]:
     ]
     tiny = [("bottleneck 64, small", "Bottleneck", 64, 16, 1, 1, 64, 8)]
     blocks = scope.pick(smoke=tiny, quick=blocks[:3], cuda_quick=blocks[:5], full=blocks)
-    return [_case(*block, n, dtype, scope.device) for dtype in dtypes for n in batches for block in blocks]
+    return [
+        _case(*block, n, dtype, scope.device)
+        for dtype in scope.part_dtypes
+        for n in batches
+        for block in blocks
+    ]
 
 
 def _block(kind: str, inplanes: int, planes: int, stride: int, groups: int, base_width: int) -> nn.Module:

@@ -19,14 +19,11 @@ def cases(scope: Scope) -> list[Case]:
     batches = scope.batches or scope.pick(
         smoke=(1,), quick=(8,), cuda_quick=(256,), full=(1, 8), cuda_full=(1, 32, 256)
     )
-    dtypes = scope.pick(
-        smoke=scope.dtypes, quick=scope.dtypes, cuda_quick=scope.dtypes[:1], full=scope.dtypes
-    )
     # (stage, channels inside a block, height and width)
     stages = ((1, 64, 56), (2, 128, 28), (3, 256, 14), (4, 512, 7))
     stages = scope.pick(smoke=((1, 8, 8),), quick=stages[:3:2], cuda_quick=stages[:3], full=stages)
     found = []
-    for dtype in dtypes:
+    for dtype in scope.part_dtypes:
         for n in batches:
             for stage, width, size in stages:
                 for pattern in (dual, expand_reduce, shifted_block):

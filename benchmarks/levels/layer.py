@@ -13,15 +13,12 @@ def cases(scope: Scope) -> list[Case]:
     batches = scope.batches or scope.pick(
         smoke=(1,), quick=(8,), cuda_quick=(256,), full=(1, 8), cuda_full=(1, 8, 32, 128, 256)
     )
-    dtypes = scope.pick(
-        smoke=scope.dtypes, quick=scope.dtypes, cuda_quick=scope.dtypes[:1], full=scope.dtypes
-    )
     layers = distinct_convs(networks, scope.image)
     if scope.size == "smoke":
         layers = layers[:3]
     return [
         conv_bn_act.case(layer, batch, dtype, scope.device, model=network)
-        for dtype in dtypes
+        for dtype in scope.part_dtypes
         for batch in batches
         for network, layer in layers
     ]

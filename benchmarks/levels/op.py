@@ -19,7 +19,7 @@ def cases(scope: Scope) -> list[Case]:
         smoke=(2,), quick=(8,), cuda_quick=(256,), full=(1, 8, 32), cuda_full=(32, 256)
     )
     found = []
-    for dtype in scope.dtypes:
+    for dtype in scope.part_dtypes:
         for batch in batches:
             for channels, size in places:
                 shape = (batch, channels, size, size)

@@ -60,6 +60,17 @@ class Provider:
         )
 
 
+class Runtime(Provider):
+    """Another program that a module is exported to; it takes its time, so a quick run has networks alone."""
+
+    levels = frozenset(("block", "model"))
+    capturable = False
+    compiles = True
+
+    def brief(self, case: Case, scope: Scope) -> bool:
+        return scope.size == "quick" and case.level == "model"
+
+
 def converted(
     subject: Subject, case: Case, memory_format: torch.memory_format = torch.channels_last
 ) -> nn.Module:

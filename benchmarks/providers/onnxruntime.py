@@ -9,21 +9,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Call, Case, Subject
-from benchmarks.providers.base import Provider, converted
+from benchmarks.providers.base import Runtime, converted
 from benchmarks.providers.missing import missing
-from benchmarks.scope import Scope
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16"}
 
 
-class OnnxRuntime(Provider):
+class OnnxRuntime(Runtime):
     name = "ONNX Runtime"
-    levels = frozenset(("block", "model"))
-    capturable = False
-    compiles = True
-
-    def brief(self, case: Case, scope: Scope) -> bool:
-        return scope.size == "quick" and case.level == "model"
 
     def skip(self, case: Case) -> str:
         reason = missing("onnxruntime") or missing("onnx") or missing("onnxscript")
@@ -49,6 +42,8 @@ class OnnxRuntime(Provider):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
+        # Its threads would go on spinning through the next provider's turn.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         kind = "CUDAExecutionProvider" if case.device.type == "cuda" else "CPUExecutionProvider"
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "model.onnx")

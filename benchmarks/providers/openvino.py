@@ -8,21 +8,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Call, Case, Subject
-from benchmarks.providers.base import Provider, converted
+from benchmarks.providers.base import Runtime, converted
 from benchmarks.providers.missing import missing
-from benchmarks.scope import Scope
 
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
-class OpenVino(Provider):
+class OpenVino(Runtime):
     name = "OpenVINO"
-    levels = frozenset(("block", "model"))
-    capturable = False
-    compiles = True
-
-    def brief(self, case: Case, scope: Scope) -> bool:
-        return scope.size == "quick" and case.level == "model"
 
     def skip(self, case: Case) -> str:
         if case.device.type != "cpu":

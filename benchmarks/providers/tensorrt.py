@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from benchmarks.case import Call, Case, Subject
-from benchmarks.providers.base import Provider, converted
+from benchmarks.providers.base import Runtime, converted
 from benchmarks.providers.missing import missing
-from benchmarks.scope import Scope
 
 
-class TensorRT(Provider):
+class TensorRT(Runtime):
     name = "Torch-TensorRT"
-    levels = frozenset(("block", "model"))
-    compiles = True
-
-    def brief(self, case: Case, scope: Scope) -> bool:
-        return scope.size == "quick" and case.level == "model"
+    capturable = True
 
     def skip(self, case: Case) -> str:
         return missing("torch_tensorrt") if case.device.type == "cuda" else "needs a CUDA GPU"
