@@ -1,23 +1,32 @@
 """Shared by all tests: GPU tests skip with the reason, seeds are fixed, processes share the cores."""
 
+import faulthandler
 import os
 
 import pytest
 import torch
+from _pytest.faulthandler import fault_handler_stderr_fd_key as _STDERR
+
+# Seconds that a test on a GPU may take before its process is ended.
+GPU_TEST_S = 150.0
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite runs in as many processes as there are cores, unless told otherwise (-n 0).
 
-    Not if files are named, since starting processes takes seconds; not with a GPU, which they would share.
+    Not if files are named, since starting processes takes seconds. With a GPU they share it: compiling kernels
+    takes longer than running them. A process that a kernel takes down is replaced.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # a worker runs this hook too: it must not start workers of its own
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     free = getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb
-    if whole and free and not torch.cuda.is_available():
-        config.option.numprocesses = min(len(os.sched_getaffinity(0)), 8)
+    if whole and free:
+        # A process holds half a gigabyte of the GPU beside its tensors.
+        most = 16 if torch.cuda.is_available() else 8
+        config.option.numprocesses = min(len(os.sched_getaffinity(0)), most)
+        config.option.dist = "worksteal"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -33,6 +42,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """A GPU test that does not end takes its process with it: a hung kernel cannot be stopped otherwise."""
+    if "gpu" not in item.keywords or not torch.cuda.is_available():
+        return (yield)
+    faulthandler.dump_traceback_later(GPU_TEST_S, exit=True, file=item.config.stash.get(_STDERR, 2))
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(autouse=True)

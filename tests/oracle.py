@@ -113,7 +113,8 @@ def assert_same_bits(a: torch.Tensor, b: torch.Tensor, what: str = "two runs") -
         f"{what}: {a.shape} {a.dtype} against {b.shape} {b.dtype}"
     )
     # view() wants memory order: compare both in the logical order of `a`.
-    as_bytes = [t.detach().cpu().contiguous().view(-1).view(torch.uint8) for t in (a, b)]
+    where = a.device if a.device == b.device else torch.device("cpu")
+    as_bytes = [t.detach().to(where).contiguous().view(-1).view(torch.uint8) for t in (a, b)]
     assert torch.equal(*as_bytes), f"{what}: bits differ"
 
 

@@ -82,13 +82,20 @@ def make_nodes(problem: Problem, device, seed: int = 0, integers: bool = False) 
 
 
 def make_inputs(
-    problem: Problem, device, seed: int = 0, integers: bool = False, planar: frozenset[str] = frozenset()
+    problem: Problem,
+    device,
+    seed: int = 0,
+    integers: bool = False,
+    planar: frozenset[str] = frozenset(),
+    distinct: int | None = None,
 ) -> dict[str, Tensor]:
-    """Random inputs by name, in channels_last where they have four dimensions and are not named in `planar`."""
+    """Random inputs by name, in channels_last where they have four dimensions and are not named in `planar`;
+    the first `distinct` images (None: all) are different, the others repeat them."""
     generator = torch.Generator().manual_seed(seed + 1)
     inputs = {}
     for name in problem.inputs:
-        shape, dtype = problem.input_shape(name), problem.input_dtype(name)
+        whole, dtype = problem.input_shape(name), problem.input_dtype(name)
+        shape = whole if distinct is None else (min(distinct, whole[0]), *whole[1:])
         if dtype == torch.uint8:
             value = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
         elif integers:
@@ -96,6 +103,8 @@ def make_inputs(
         else:
             value = torch.randn(shape, generator=generator).to(dtype)
         value = value.to(device)
+        if shape != whole:
+            value = value[torch.arange(whole[0], device=device) % distinct]
         rows = value.dim() == 4 and name not in planar
         inputs[name] = value.contiguous(memory_format=torch.channels_last) if rows else value
     return inputs
@@ -213,18 +222,21 @@ def check_candidate(
     integers: bool = False,
     runs: int = 2,
     planar: bool = False,
+    distinct: int | None = None,
 ) -> None:
     """Run `candidate` on random data and hold every output to the oracle.
 
     Outputs are NaN-poisoned and guarded, the workspace holds garbage, `runs` runs must agree bit by bit and
     leave the inputs alone. `integers`: whole inputs, and every element must be exact where layers allow it
     (identity, ReLU, ReLU6, no mean); intermediate values are rounded to `problem.dtype`, as between kernels.
-    `planar`: the inputs that the candidate takes contiguous come so.
+    `planar`: the inputs that the candidate takes contiguous come so. `distinct`: the batch repeats so many images,
+    whose results must be equal wherever in the batch they stand, and the oracle computes each once: how large batches
+    are checked.
     """
     nodes = make_nodes(problem, device, seed, integers)
     names = candidate.planar(problem) if planar else frozenset()
     assert names or not planar, f"{candidate} takes channels_last only"
-    inputs = make_inputs(problem, device, seed, integers, names)
+    inputs = make_inputs(problem, device, seed, integers, names, distinct)
     parameters = {role: LayerParameters(node) for role, node in nodes.items()}
     constants = candidate.prepare(problem, config, parameters)
     tensors, guards, outputs = {}, [], {}
@@ -265,6 +277,14 @@ def check_candidate(
         guard()
     for name, value in inputs.items():
         assert torch.equal(tensors[name], value), f"{candidate} {problem}: wrote into its input {name}"
+    if distinct is not None:
+        for role, value in outputs.items():
+            for start in range(distinct, value.shape[0], distinct):
+                again = value[start : start + distinct]
+                assert torch.equal(again, value[: again.shape[0]]), (
+                    f"{candidate} {problem} {role}: images from {start} on differ from equal ones at the start"
+                )
+        inputs, outputs = ({name: t[:distinct] for name, t in d.items()} for d in (inputs, outputs))
     compare(problem, nodes, inputs, outputs, integers=integers, what=str(candidate))
 
 

@@ -16,6 +16,7 @@ from fastres.plan.pattern import PATTERNS, Match, Pattern
 from fastres.plan.problem import ConvSpec, LinearSpec, NormalizeSpec, PoolSpec, Problem, Spec, Target
 
 __all__ = [
+    "DISTINCT",
     "H100",
     "NETWORKS",
     "check_candidate",
@@ -29,6 +30,8 @@ __all__ = [
     "problem_of",
     "random_problems",
 ]
+# Different images in a large batch: as many as show a mix-up, few enough for an fp64 oracle of whole layers.
+DISTINCT = 3
 # name: (bottleneck, blocks a stage, groups, base width)
 NETWORKS = {
     "resnet18": (False, (2, 2, 2, 2), 1, 64),

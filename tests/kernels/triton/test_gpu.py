@@ -1,8 +1,8 @@
 """The portable Triton kernels on a GPU: every distinct layer of the named networks, and random problems.
 
-Poisoned and guarded outputs, two bitwise equal runs, fp64 oracle: see `check_candidate`. Layers of the largest
-batch keep their channels and lose pixels, so that the fp64 oracle fits beside them: tiles are as many, and the
-configurations are those of the whole problem.
+Poisoned and guarded outputs, two bitwise equal runs, fp64 oracle: see `check_candidate`. What takes long is
+compiling, about 2 s a kernel: tests are cut into shares that take 30 s at most, and `pytest -m gpu` runs them in
+as many processes as there are cores (tests/conftest.py).
 """
 
 import gc
@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from problems import NETWORKS, check_candidate, network_problems, random_problems
+from problems import DISTINCT, NETWORKS, check_candidate, network_problems, random_problems
 
 pytest.importorskip("triton", reason="Triton cannot be imported")
 from fastres.backends import triton_ops, triton_portable  # noqa: F401 (registers)
@@ -20,8 +20,10 @@ from fastres.plan.target import detect
 pytestmark = pytest.mark.gpu
 NAMES = sorted(name for name, c in REGISTRY.candidates.items() if c.backend == "triton")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-# Pixels a side of the image at each batch size: the oracle of batch 256 at 224 pixels would take 100 GB.
-SIZES = {1: 224, 3: 224, 32: 128, 256: 64}
+# How many parts a candidate's problems are cut into.
+SHARES = [(name, share) for name in NAMES for share in range(4 if name == "triton.conv_bn_act" else 1)]
+# Random problems of each pattern and type: three types and six patterns with products make more than 200.
+RANDOM = 24
 
 
 @pytest.fixture
@@ -40,34 +42,36 @@ def ieee_reference():
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@pytest.mark.parametrize("batch", SIZES)
+@pytest.mark.parametrize("n", [1, 3, 32, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_layers_of_the_networks(name, dtype, batch, target):
-    candidate, checked = REGISTRY[name], 0
-    for normalize in (False, True) if name == "triton.stem_pool" else (False,):
-        for problem in network_problems(
-            candidate.pattern, tuple(NETWORKS), batch, dtype, SIZES[batch], normalize=normalize
-        ):
-            if candidate.accepts(problem, target) is None:
-                config = candidate.configs(problem, target)[0]
-                check_candidate(candidate, problem, config, "cuda", seed=checked)
-                checked += 1
-    if not checked:
+@pytest.mark.parametrize(("name", "share"), SHARES)
+def test_layers_of_the_networks(name, share, dtype, n, target):
+    candidate = REGISTRY[name]
+    taken = [
+        problem
+        for normalize in ((False, True) if name == "triton.stem_pool" else (False,))
+        for problem in network_problems(candidate.pattern, tuple(NETWORKS), n, dtype, normalize=normalize)
+        if candidate.accepts(problem, target) is None
+    ]
+    if not taken:
         pytest.skip(f"{name} takes none of these problems in {dtype}")
+    shares = [other for other, _ in SHARES].count(name)
+    for index, problem in enumerate(taken[share::shares]):
+        config = candidate.configs(problem, target)[0]
+        check_candidate(candidate, problem, config, "cuda", seed=index, distinct=DISTINCT)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("integers", [False, True])
-def test_random_problems(name, dtype, integers, target):
-    """200 of each pattern over the types: every configuration that tune may try, in turn."""
+def test_random_problems(name, dtype, target):
+    """Every configuration that tune may try, in turn, and each problem on whole numbers too."""
     candidate, checked = REGISTRY[name], 0
-    for index, problem in enumerate(random_problems(candidate.pattern, 70, dtype, seed=DTYPES.index(dtype))):
+    for index, problem in enumerate(random_problems(candidate.pattern, RANDOM, dtype, DTYPES.index(dtype))):
         if candidate.accepts(problem, target) is None:
             configs = candidate.configs(problem, target)
             config = configs[index % len(configs)]
-            check_candidate(candidate, problem, config, "cuda", seed=index, integers=integers)
+            for integers in (False, True):
+                check_candidate(candidate, problem, config, "cuda", seed=index, integers=integers)
             checked += 1
     if not checked:
         pytest.skip(f"{name} takes none of these problems in {dtype}")
