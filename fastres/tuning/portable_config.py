@@ -184,7 +184,7 @@ def dual_configs(problem: Problem, target: Target, shared: int) -> list[TileConf
     few = target.capability == 90 and expand.c + problem["shortcut"].c < 512
     tiles = [
         (128, 128, 4 if few else 8),
-        (128, 64, 4),
+        (128, 64, 4 if few else 8),  # Triton 3.6 spills with 4
         (64, 128, 4),
         (64, 64, 4),
         (32, 32, 4),
@@ -221,7 +221,15 @@ class ChainConfig(Config):
     num_stages: int
 
 
+# How many configurations of a chain `fastres tune` may try; there are up to 45.
+_MOST = 12
+
+
 def expand_reduce_configs(problem: Problem, target: Target, shared: int) -> list[ChainConfig]:
+    return _chains(problem, target, shared)[:_MOST]
+
+
+def _chains(problem: Problem, target: Target, shared: int) -> list[ChainConfig]:
     """Unmeasured in plain Triton. 128 pixels a tile halve the weights' traffic; z stays in registers."""
     expand, reduce, shortcut = problem["expand"], problem.get("reduce"), problem.get("shortcut")
     size = problem.dtype.itemsize
@@ -236,6 +244,7 @@ def expand_reduce_configs(problem: Problem, target: Target, shared: int) -> list
     # the compiler spills (Triton 3.8); only Hopper takes the middle activation from shared memory.
     limit = (200 if shortcut else 230) if target.capability == 90 and size == 2 else 125
     for block_m, warps in ((128, 8), (64, 8), (64, 4), (32, 4), (16, 4)):
+        rank = 0
         for block_e in (64, 32, 128):
             words = wide_z + block_e * (2 if shortcut else 1) + c1 * size // 4
             if words * block_m > limit * 32 * warps:
@@ -244,9 +253,11 @@ def expand_reduce_configs(problem: Problem, target: Target, shared: int) -> list
                 need = block_m * c1 + stages * block_e * (c1 + wide_z)
                 need += stages * block_s * (block_m + block_e) if shortcut else 0
                 if need * size <= shared:
-                    found.append(ChainConfig(block_m, block_e, block_s, 16, warps, stages))
-    found.sort(key=lambda config: max(0, target.sms - -(-m // config.block_m)))
-    return found
+                    idle = max(0, target.sms - -(-m // block_m))
+                    found.append((idle, rank, ChainConfig(block_m, block_e, block_s, 16, warps, stages)))
+                    rank += 1
+    # The best guess of every tile comes first.
+    return [config for *_, config in sorted(found, key=lambda item: item[:2])]
 
 
 def shifted_block_configs(problem: Problem, target: Target, shared: int) -> list[ChainConfig]:
@@ -257,9 +268,9 @@ def shifted_block_configs(problem: Problem, target: Target, shared: int) -> list
     block_c = max(16, min(128 // size, _pow2(conv.c)))
     return [
         replace(config, block_c=block_c)
-        for config in expand_reduce_configs(problem, target, shared)
+        for config in _chains(problem, target, shared)
         if config.num_stages * block_c * (config.block_m + _pow2(conv.k)) * size <= shared
-    ]
+    ][:_MOST]
 
 
 @dataclass(frozen=True)
