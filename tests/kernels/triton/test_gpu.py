@@ -58,7 +58,8 @@ def test_layers_of_the_networks(name, share, dtype, n, target):
     shares = [other for other, _ in SHARES].count(name)
     for index, problem in enumerate(taken[share::shares]):
         config = candidate.configs(problem, target)[0]
-        check_candidate(candidate, problem, config, "cuda", seed=index, distinct=DISTINCT)
+        for planar in (False, True) if candidate.planar(problem) else (False,):
+            check_candidate(candidate, problem, config, "cuda", seed=index, distinct=DISTINCT, planar=planar)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

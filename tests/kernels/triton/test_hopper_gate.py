@@ -42,11 +42,11 @@ def launches(candidate, networks, every=False, dtype=torch.bfloat16, n=256):
 def memory_of(candidate, problem, config):
     """Buffers and constants without storage."""
 
-    def empty(shape):
-        return torch.empty(shape, dtype=problem.dtype, device="meta").to(memory_format=torch.channels_last)
+    def empty(shape, dtype):
+        return torch.empty(shape, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
 
-    tensors = {name: empty(problem.input_shape(name)) for name in problem.inputs}
-    tensors |= {role: empty(problem.output_shape(role)) for role in problem.outputs}
+    tensors = {name: empty(problem.input_shape(name), problem.input_dtype(name)) for name in problem.inputs}
+    tensors |= {role: empty(problem.output_shape(role), problem.dtype) for role in problem.outputs}
     counters = torch.empty(candidate.counters(problem, config), dtype=torch.int32, device="meta")
     parameters = {role: LayerParameters(node) for role, node in make_nodes(problem, "meta").items()}
     return Buffers(tensors, counters), candidate.prepare(problem, config, parameters)
@@ -60,6 +60,7 @@ def check(problem, config, call, spills=False):
     blocks = getattr(config, "per_sm", 1)
     assert compiled.shared <= SHARED_LIMIT[90], f"{what}: {compiled.shared} bytes of shared memory"
     assert blocks * (compiled.shared + 1024) <= MULTIPROCESSOR, f"{what}: {blocks} blocks do not fit"
+    return compiled
 
 
 @pytest.mark.parametrize("half", [0, 1])
@@ -70,6 +71,29 @@ def test_heuristic_configurations_of_resnet50(candidate, half):
         pytest.skip(f"{candidate} refuses all of its layers on Triton {triton.__version__}")
     for problem, config, call in found[half::2]:
         check(problem, config, call)
+
+
+@pytest.mark.parametrize("normalize", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "uint8"])
+@pytest.mark.parametrize("planar", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["nchw", "nhwc"])
+def test_stem_in_the_callers_order_and_type(planar, normalize):
+    """What the caller has in memory is what the kernel reads. Normalising may spill up to 8 registers."""
+    candidate = REGISTRY["hopper.stem_pool"]
+    problem = next(
+        problem
+        for problem in network_problems(candidate.pattern, ("resnet50",), normalize=normalize)
+        if (problem.get("normalize") is not None) == normalize
+    )
+    config = candidate.configs(problem, TARGET)[0]
+    buffers, constants = memory_of(candidate, problem, config)
+    (name,) = problem.inputs
+    if planar:
+        buffers.tensors[name] = buffers[name].contiguous()
+    call = candidate.call(problem, config, buffers, constants)
+    assert call.arguments["PLANAR"] == planar and call.arguments["NORMALIZE"] == normalize
+    compiled = check(problem, config, call, spills=normalize)
+    assert compiled.stack <= 32
+    # Pairs of pixels a load: 4 bytes, or 2 of uint8; none of a single one.
+    assert "ld.global.b8" not in compiled.ptx and (normalize or "ld.global.b16" not in compiled.ptx)
 
 
 @pytest.mark.slow
@@ -89,20 +113,22 @@ def test_every_configuration_that_tuning_tries_on_resnet50(candidate):
 
 
 @pytest.mark.parametrize("half", [0, 1])
-@pytest.mark.parametrize("candidate", HOPPER, ids=str)
-def test_the_same_on_triton_3_6(candidate, half):
+def test_the_same_on_triton_3_6(half):
+    """In one process a half: starting one takes as long as compiling several kernels."""
     if HERE == (3, 6):
         pytest.skip("this is Triton 3.6")
     folder = env.triton36()
     if folder is None:
         pytest.skip("FASTRES_TRITON36 names no folder with Triton 3.6")
-    test = f"{__file__}::test_heuristic_configurations_of_resnet50[{candidate}-{half}]"
+    tests = [f"{__file__}::test_heuristic_configurations_of_resnet50[{c}-{half}]" for c in HOPPER]
+    if half:
+        tests.append(f"{__file__}::test_stem_in_the_callers_order_and_type[nchw-]")
     paths = os.pathsep.join((str(folder), *filter(None, [os.environ.get("PYTHONPATH")])))
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-m", "gate", "-n", "0", test],
+        [sys.executable, "-m", "pytest", "-v", "-m", "gate", "-n", "0", *tests],
         env={**os.environ, "PYTHONPATH": paths},
         cwd=env.__file__.rsplit("fastres", 1)[0],
         capture_output=True,
         text=True,
     )
-    assert ran.returncode == 0 and "1 passed" in ran.stdout, ran.stdout + ran.stderr
+    assert ran.returncode == 0 and f"{len(tests)} passed" in ran.stdout, ran.stdout + ran.stderr

@@ -20,7 +20,7 @@ from fastres.activation import IDENTITY, RELU, Activation
 from fastres.backends import triton_hopper, triton_hopper_common  # noqa: F401
 from fastres.plan.candidate import REGISTRY
 from fastres.plan.pattern import DUAL, EXPAND_REDUCE, SHIFTED_BLOCK, STEM_POOL
-from fastres.plan.problem import ConvSpec, PoolSpec
+from fastres.plan.problem import ConvSpec, NormalizeSpec, PoolSpec
 
 BF16 = torch.bfloat16
 # Orders of events: one always, more by hand.
@@ -55,13 +55,13 @@ def machine(monkeypatch):
     return control
 
 
-def check(machine, name, problem, config=None, integers=True, runs=2):
+def check(machine, name, problem, config=None, integers=True, runs=2, planar=False):
     """The candidate's answer is exact on whole numbers, TMA writes each output element once, and the
     shared memory that the configuration counts on is not exceeded."""
     candidate = REGISTRY[name]
     assert candidate.accepts(problem, H100) is None
     config = candidate.configs(problem, H100)[0] if config is None else config
-    check_candidate(candidate, problem, config, integers=integers, runs=runs)
+    check_candidate(candidate, problem, config, integers=integers, runs=runs, planar=planar)
     assert machine.runs
     for _, ran in machine.runs:
         assert ran.shared_bytes <= triton_hopper_common.SHARED_MEMORY // max(1, getattr(config, "per_sm", 1))
@@ -211,18 +211,35 @@ def test_halo_is_exact_on_whole_numbers(machine, residual, seed):
         check(machine, "hopper.halo", problem, config)
 
 
-def stem(n, h, w, dtype=BF16):
+def stem(n, h, w, dtype=BF16, u8=False):
     conv = ConvSpec(n, 3, h, w, 64, (7, 7), (2, 2), (3, 3), act=RELU)
-    return problem_of(STEM_POOL, dtype, conv=conv, pool=PoolSpec(*conv.y_shape, (3, 3), (2, 2), (1, 1)))
+    layers = dict(normalize=NormalizeSpec(n, 3, h, w)) if u8 else {}
+    pool = PoolSpec(*conv.y_shape, (3, 3), (2, 2), (1, 1))
+    return problem_of(STEM_POOL, dtype, **layers, conv=conv, pool=pool)
 
 
-@pytest.mark.parametrize(("h", "w"), [(16, 12), (20, 224), (8, 240), (64, 64)])
-@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=["bf16", "fp16"])
-def test_stem_pool_is_exact_on_whole_numbers(machine, h, w, dtype):
+@pytest.mark.parametrize(
+    ("n", "h", "w", "planar"),
+    [
+        (2, 16, 12, False),
+        (2, 16, 12, True),
+        # more columns than a program has, odd numbers of convolution rows and columns, one pixel
+        (1, 8, 240, False),
+        (1, 18, 14, False),
+        (1, 17, 225, True),
+        (1, 1, 1, False),
+    ],
+)
+@pytest.mark.parametrize(("dtype", "rows"), [(BF16, 3), (torch.float16, 56)], ids=["bf16", "fp16"])
+def test_stem_pool_is_exact_on_whole_numbers(machine, n, h, w, planar, dtype, rows):
     from fastres.backends.triton_hopper_stem import StemConfig
 
-    for rows in (3, 56):
-        check(machine, "hopper.stem_pool", stem(2, h, w, dtype), StemConfig(rows))
+    check(machine, "hopper.stem_pool", stem(n, h, w, dtype), StemConfig(rows), planar=planar)
+
+
+@pytest.mark.parametrize(("dtype", "planar"), [(BF16, False), (torch.float16, True)], ids=["nhwc", "nchw"])
+def test_stem_pool_normalizes_uint8_and_keeps_the_padding_zero(machine, dtype, planar):
+    check(machine, "hopper.stem_pool", stem(2, 17, 14, dtype, u8=True), planar=planar)
 
 
 def exact(problem):
