@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastres.backends.reference import layer
 from fastres.graph.fold import LayerParameters
-from fastres.plan.candidate import Candidate, register
+from fastres.plan.candidate import Candidate, Work, register
 from fastres.plan.pattern import CONV_BN_ACT, DUAL, STEM_POOL
 from fastres.plan.problem import ConvSpec, Problem, Target, dtype_name
 
@@ -42,6 +42,19 @@ class CuDnn(Candidate):
         return None if torch.backends.cudnn.enabled else "torch.backends.cudnn.enabled is off"
 
 
+# Tiles that cuDNN is assumed to choose from.
+_TILES = ((256, 128), (128, 128), (128, 64), (64, 64))
+
+
+def product_ms(spec: ConvSpec, problem: Problem, target: Target) -> float:
+    """The convolution as a matrix product, in the best of `_TILES`."""
+    if spec.groups != 1:
+        return 0.0
+    m, depth = spec.n * spec.p * spec.q, spec.weight_elements // spec.k
+    cuts = [Work.product(m, spec.k, depth, *tile, problem.dtype.itemsize) for tile in _TILES]
+    return min(work.ms(problem, target) for work in cuts)
+
+
 class ConvBnAct(CuDnn):
     name = "cudnn.conv_bn_act"
     pattern = CONV_BN_ACT
@@ -51,6 +64,9 @@ class ConvBnAct(CuDnn):
         if problem["conv"].act.kind != "relu":
             return "cuDNN fuses ReLU and no other activation"
         return super().accepts(problem, target)
+
+    def busiest_ms(self, problem: Problem, target: Target) -> float:
+        return product_ms(problem["conv"], problem, target)
 
     def prepare(self, problem: Problem, config, parameters: Mapping[str, LayerParameters]):
         return _folded(parameters["conv"], problem.dtype)
@@ -71,6 +87,9 @@ class Dual(CuDnn):
         if problem["expand"].act.kind != "relu":
             return "cuDNN fuses ReLU and no other activation"
         return super().accepts(problem, target)
+
+    def busiest_ms(self, problem: Problem, target: Target) -> float:
+        return sum(product_ms(problem[role], problem, target) for role in ("shortcut", "expand"))
 
     def estimate_ms(self, problem: Problem, target: Target) -> float:
         # the projection's output is written and read, unlike the floor's

@@ -245,6 +245,14 @@ class HopperShiftedBlock(HopperCandidate):
             config for config in found if config.shared_bytes(chunks, reduced, project) <= SHARED_MEMORY
         )
 
+    def busiest_ms(self, problem: Problem, target: Target) -> float:
+        """Every block first fetches all weights; then two groups have tiles of 8x8 pixels."""
+        expand = problem["expand"]
+        weights = sum(spec.weight_elements for _, spec in problem.layers)
+        fetched = target.l2_ms(target.sms * weights * problem.dtype.itemsize)
+        tiles, steps = expand.n * -(-expand.h // 8) * -(-expand.w // 8), 3 + expand.k // 64
+        return fetched + steps_ms(tiles, steps, 64 * weights // steps, problem, target, 2)
+
     def counters(self, problem: Problem, config: ShiftedConfig) -> int:
         return 1
 

@@ -49,10 +49,8 @@ class HopperCandidate(Candidate):
         raise NotImplementedError
 
     def estimate_ms(self, problem: Problem, target: Target) -> float:
-        """floor / efficiency + 3 us for filling and draining a persistent kernel's pipeline (an
-        assumption)."""
-        floor = target.floor_ms(problem)
-        return super().estimate_ms(problem, target) if floor is None else floor / self.efficiency + 3e-3
+        """3 us more for filling and draining a persistent kernel's pipeline (an assumption)."""
+        return super().estimate_ms(problem, target) + 3e-3
 
     def call(self, problem: Problem, config: Any, buffers: Any, constants: Any) -> Call:
         raise NotImplementedError
@@ -66,7 +64,9 @@ def steps_ms(
 ) -> float:
     """`tiles` shared among all blocks, each of `steps` ring steps of `products` multiply-adds; a step of
     TMA and barriers takes 0.2 us at least (an assumption: 128 x 64 products of 64 take that)."""
-    rate = dict(target.flops)[dtype_name(problem.dtype)] / target.sms
+    rate = target.rate(problem.dtype) / target.sms
+    if not rate:
+        return 0.0
     return -(-tiles // (target.sms * per_sm)) * steps * max(2e3 * products * per_sm / rate, 2e-4)
 
 

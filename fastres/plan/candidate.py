@@ -52,6 +52,34 @@ class Buffers:
 _LAUNCH_MS = 0.0011
 
 
+@dataclass(frozen=True)
+class Work:
+    """How a launch is cut: few blocks leave multiprocessors idle, and what many blocks read again comes from the L2.
+
+    Attributes:
+        blocks: equal pieces of the launch.
+        l2_bytes: what one of them reads, weights and input alike, as often as it reads them.
+    """
+
+    blocks: int
+    l2_bytes: int
+
+    @classmethod
+    def product(cls, m: int, n: int, depth: int, block_m: int, block_n: int, itemsize: int) -> Work:
+        """[m, depth] times [depth, n] in tiles of block_m x block_n."""
+        blocks = -(-m // block_m) * -(-n // block_n)
+        return cls(blocks, (block_m + block_n) * depth * itemsize)
+
+    def ms(self, problem: Problem, target: Target) -> float:
+        """Rounds of one block a multiprocessor, which has its share of the L2's bandwidth and of the arithmetic; 0
+        where the device's rates are unknown."""
+        rate = target.rate(problem.dtype)
+        if not rate or not self.blocks:
+            return 0.0
+        arithmetic = 1e3 * target.sms * problem.flops / self.blocks / rate
+        return -(-self.blocks // target.sms) * max(target.l2_ms(target.sms * self.l2_bytes), arithmetic)
+
+
 class Candidate:
     """One way to compute one pattern. Subclasses set the class attributes and override what they need.
 
@@ -80,12 +108,21 @@ class Candidate:
         (ints, bools, strings), or `(None,)` where there is nothing to choose."""
         return (None,)
 
+    def busiest_ms(self, problem: Problem, target: Target) -> float:
+        """What the multiprocessor with the most work takes at least, with the heuristic's configuration; 0 where the
+        work can be cut as fine as one likes."""
+        return 0.0
+
+    def least_ms(self, problem: Problem, target: Target) -> float:
+        """Below this no time is believed that was not measured for this very problem."""
+        return max(target.floor_ms(problem) or 0.0, self.busiest_ms(problem, target)) + _LAUNCH_MS
+
     def estimate_ms(self, problem: Problem, target: Target) -> float:
         """A guess of the time where no table has one: it only has to rank candidates, and must not flatter them."""
         floor = target.floor_ms(problem)
         if floor is None:
             floor = 1e-9 * problem.flops + 1e-7 * problem.bytes
-        return floor / self.efficiency + _LAUNCH_MS
+        return max(floor, self.busiest_ms(problem, target)) / self.efficiency + _LAUNCH_MS
 
     def planar(self, problem: Problem) -> frozenset[str]:
         """Names of inputs that it reads contiguous ([N, C, H, W] in memory) as well as channels_last: what comes from

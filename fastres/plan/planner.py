@@ -84,12 +84,14 @@ def table_cost(candidate: Candidate, problem: Problem, target: Target) -> Cost:
     entry = table.lookup(candidate.name, problem, target)
     configs = list(candidate.configs(problem, target))
     if entry is not None:
-        wanted = dict(entry.config)
+        wanted, ms = dict(entry.config), entry.ms
+        if entry.batch != problem.n:
+            ms = max(ms, candidate.least_ms(problem, target))
         for config in configs:
             if _as_dict(config) == wanted:
-                return Cost(config, entry.ms, entry.kind)
+                return Cost(config, ms, entry.kind)
         if not wanted:
-            return Cost(configs[0], entry.ms, entry.kind)
+            return Cost(configs[0], ms, entry.kind)
     return estimated_cost(candidate, problem, target)
 
 

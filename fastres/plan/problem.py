@@ -315,6 +315,7 @@ class Target:
         name: what the device calls itself.
         sms: streaming multiprocessors (CUDA) or threads (CPU).
         bandwidth: bytes a second that a copy reaches (read + written), for floors; 0 where unknown.
+        l2_bandwidth: bytes a second that all multiprocessors together read from the L2, for estimates; 0 where unknown.
         flops: arithmetic rate for `floor_ms`, by dtype name; missing where unknown.
         triton: Triton's version as (major, minor), or None where it cannot be imported.
         on_paper: true when no such device is here: nothing can run or be measured, tables decide.
@@ -325,6 +326,7 @@ class Target:
     name: str = ""
     sms: int = 1
     bandwidth: float = 0.0
+    l2_bandwidth: float = 0.0
     flops: tuple[tuple[str, float], ...] = ()
     triton: tuple[int, int] | None = None
     on_paper: bool = False
@@ -334,9 +336,17 @@ class Target:
         """90 for "sm90"; 0 where it is no CUDA device."""
         return int(self.arch[2:]) if self.arch.startswith("sm") and self.arch[2:].isdigit() else 0
 
+    def rate(self, dtype: torch.dtype) -> float:
+        """Arithmetic operations a second in this type; 0 where unknown."""
+        return dict(self.flops).get(dtype_name(dtype), 0.0)
+
+    def l2_ms(self, nbytes: int) -> float:
+        """For all multiprocessors together to read so much from the L2; 0 where its bandwidth is unknown."""
+        return 1e3 * nbytes / self.l2_bandwidth if self.l2_bandwidth else 0.0
+
     def floor_ms(self, problem: Problem) -> float | None:
         """max(bytes / bandwidth, flops / arithmetic rate), or None where the device's rates are unknown."""
-        rate = dict(self.flops).get(dtype_name(problem.dtype), 0.0)
+        rate = self.rate(problem.dtype)
         if not self.bandwidth or not rate:
             return None
         return 1e3 * max(problem.bytes / self.bandwidth, problem.flops / rate)

@@ -17,7 +17,7 @@ from fastres.backends.triton_portable.base import (
 from fastres.backends.triton_portable.launch import Call, descriptor, rows
 from fastres.graph.fold import LayerParameters
 from fastres.kernels.triton import conv_bn_act as kernels
-from fastres.plan.candidate import Buffers, register
+from fastres.plan.candidate import Buffers, Work, register
 from fastres.plan.pattern import CONV_BN_ACT
 from fastres.plan.problem import ConvSpec, Problem, Target
 from fastres.tuning.portable_config import (
@@ -44,6 +44,10 @@ class ConvBnAct(TritonCandidate):
 
     def configs(self, problem: Problem, target: Target) -> list[ConvConfig]:
         return conv_configs(problem, target, shared_limit(target))
+
+    def busiest_ms(self, problem: Problem, target: Target) -> float:
+        work = conv_work(problem["conv"], self.configs(problem, target)[0], problem.dtype.itemsize)
+        return 0.0 if work is None else work.ms(problem, target)
 
     def prepare_key(self, problem, config):
         return (problem.dtype, config.form == "depthwise")
@@ -83,6 +87,15 @@ def slice_weight(layer: LayerParameters, spec: ConvSpec, dtype: torch.dtype) -> 
     eye = torch.eye(together, dtype=dtype, device=groups.device).view(1, together, 1, together, 1, 1, 1)
     blocks = groups.unsqueeze(3) * eye
     return krsc(blocks.reshape(spec.k, together * c, *spec.kernel), dtype)
+
+
+def conv_work(spec: ConvSpec, config: ConvConfig, itemsize: int) -> Work | None:
+    if config.form == "depthwise":
+        return None
+    m, outputs, inputs = spec.n * spec.p * spec.q, slice_outputs(spec), slice_inputs(spec)
+    depth = spec.kernel[0] * spec.kernel[1] * inputs
+    one = Work.product(m, outputs, depth, config.block_m, config.block_n, itemsize)
+    return Work(one.blocks * (spec.k // outputs), one.l2_bytes)
 
 
 def conv_call(spec, config, x, residual, y, constants, input_precision, is_wide) -> Call:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastres.backends.triton_portable.base import TritonCandidate, cdiv, krsc, precision, shared_limit, wide
 from fastres.backends.triton_portable.launch import Call
 from fastres.kernels.triton import dual as kernels
-from fastres.plan.candidate import Buffers, register
+from fastres.plan.candidate import Buffers, Work, register
 from fastres.plan.pattern import DUAL
 from fastres.plan.problem import Problem, Target
 from fastres.tuning.portable_config import TileConfig, dual_configs
@@ -22,6 +22,11 @@ class Dual(TritonCandidate):
 
     def configs(self, problem: Problem, target: Target) -> list[TileConfig]:
         return dual_configs(problem, target, shared_limit(target))
+
+    def busiest_ms(self, problem: Problem, target: Target) -> float:
+        shortcut, expand, config = problem["shortcut"], problem["expand"], self.configs(problem, target)[0]
+        m, depth, size = expand.n * expand.p * expand.q, shortcut.c + expand.c, problem.dtype.itemsize
+        return Work.product(m, expand.k, depth, config.block_m, config.block_n, size).ms(problem, target)
 
     def prepare(self, problem, config, parameters):
         shortcut, expand = parameters["shortcut"], parameters["expand"]

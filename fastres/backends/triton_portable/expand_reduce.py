@@ -14,7 +14,7 @@ from fastres.backends.triton_portable.base import (
 )
 from fastres.backends.triton_portable.launch import Call
 from fastres.kernels.triton import expand_reduce, shifted_block
-from fastres.plan.candidate import Buffers, register
+from fastres.plan.candidate import Buffers, Work, register
 from fastres.plan.pattern import EXPAND_REDUCE, SHIFTED_BLOCK
 from fastres.plan.problem import Problem, Target
 from fastres.tuning.portable_config import ChainConfig, expand_reduce_configs, shifted_block_configs
@@ -36,6 +36,17 @@ class ExpandReduce(TritonCandidate):
 
     def configs(self, problem: Problem, target: Target) -> list[ChainConfig]:
         return expand_reduce_configs(problem, target, shared_limit(target))
+
+    def busiest_ms(self, problem: Problem, target: Target) -> float:
+        """Every block reads all weights, and each layer's input that the layer before it did not make."""
+        expand, block_m = problem["expand"], self.configs(problem, target)[0].block_m
+        weights = sum(spec.weight_elements for _, spec in problem.layers)
+        inputs = expand.k if expand.residual else 0
+        for role in ("conv", "shortcut") if problem.get("conv") else ("expand", "shortcut"):
+            spec = problem.get(role)
+            inputs += spec.c * spec.kernel[0] * spec.kernel[1] if spec else 0
+        blocks = cdiv(expand.n * expand.p * expand.q, block_m)
+        return Work(blocks, (weights + block_m * inputs) * problem.dtype.itemsize).ms(problem, target)
 
     def prepare(self, problem, config, parameters):
         """role → (weight, scale, shift); the shortcut's shift is part of the expand's."""

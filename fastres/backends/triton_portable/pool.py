@@ -16,7 +16,7 @@ from fastres.backends.triton_portable.base import (
     shared_limit,
     wide,
 )
-from fastres.backends.triton_portable.conv_bn_act import conv_call
+from fastres.backends.triton_portable.conv_bn_act import conv_call, conv_work
 from fastres.backends.triton_portable.launch import Call
 from fastres.kernels.triton import max_pool, pool_linear
 from fastres.plan.candidate import Buffers, register
@@ -44,6 +44,10 @@ class Linear(TritonCandidate):
 
     def configs(self, problem: Problem, target: Target) -> list[ConvConfig]:
         return linear_configs(as_conv(problem["linear"]), problem.dtype, target, shared_limit(target))
+
+    def busiest_ms(self, problem: Problem, target: Target) -> float:
+        work = conv_work(as_conv(problem["linear"]), self.configs(problem, target)[0], problem.dtype.itemsize)
+        return work.ms(problem, target)
 
     def prepare(self, problem, config, parameters):
         layer = parameters["linear"]

@@ -14,7 +14,7 @@ from fastres.backends.triton_portable.base import (
 )
 from fastres.backends.triton_portable.launch import Call
 from fastres.kernels.triton import stem_pool as kernels
-from fastres.plan.candidate import Buffers, register
+from fastres.plan.candidate import Buffers, Work, register
 from fastres.plan.pattern import STEM_POOL
 from fastres.plan.problem import ConvSpec, Problem, Target
 from fastres.tuning.portable_config import StemConfig, stem_configs
@@ -44,6 +44,14 @@ class StemPool(TritonCandidate):
 
     def configs(self, problem: Problem, target: Target) -> list[StemConfig]:
         return stem_configs(problem, target)
+
+    def busiest_ms(self, problem: Problem, target: Target) -> float:
+        """A block reads the rows of its strip once for every filter row, and all weights."""
+        spec, pool, config = problem["conv"], problem["pool"], self.configs(problem, target)[0]
+        blocks = spec.n * cdiv(pool.p, config.strip) * cdiv(pool.q, config.block_q)
+        row = 2 * config.block_q * spec.kernel[0] * spec.kernel[1] * spec.c
+        each = ((2 * config.strip + 1) * row + spec.weight_elements) * problem.dtype.itemsize
+        return Work(blocks, each).ms(problem, target)
 
     def prepare(self, problem, config, parameters):
         spec = problem["conv"]
