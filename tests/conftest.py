@@ -2,6 +2,8 @@
 
 import faulthandler
 import os
+import sys
+import traceback
 
 import pytest
 import torch
@@ -46,14 +48,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
-    """A GPU test that does not end takes its process with it: a hung kernel cannot be stopped otherwise."""
+    """A GPU test that does not end takes its process with it: a hung kernel cannot be stopped otherwise. So does one
+    after which CUDA answers nothing any more: the tests after it would all fail for it."""
     if "gpu" not in item.keywords or not torch.cuda.is_available():
         return (yield)
     faulthandler.dump_traceback_later(GPU_TEST_S, exit=True, file=item.config.stash.get(_STDERR, 2))
     try:
         return (yield)
+    except Exception:
+        if "PYTEST_XDIST_WORKER" in os.environ and not _cuda_answers():
+            traceback.print_exc(file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)
+        raise
     finally:
         faulthandler.cancel_dump_traceback_later()
+
+
+def _cuda_answers() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 @pytest.fixture(autouse=True)
