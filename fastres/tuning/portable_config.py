@@ -297,6 +297,9 @@ def stem_configs(problem: Problem, target: Target) -> list[StemConfig]:
     strips = [s for s in (14, 7, 4, 2, 1) if s <= pool.p]
     strips.sort(key=lambda s: max(0, 4 * target.sms - pool.n * columns * -(-pool.p // s)))
     steps = [(8, 8), (2, 4), (1, 4)] if resident else [(2, 8), (1, 4), (2, 4)]
+    if resident and problem.get("normalize") is not None:
+        # Normalising contiguous images spills with all of the reduction at once.
+        steps = [(2, 4), (1, 4), (8, 8)]
     return [StemConfig(block_q, strip, rows, warps, 1) for strip in strips for rows, warps in steps]
 
 

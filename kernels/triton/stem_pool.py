@@ -1,9 +1,11 @@
-"""The stem in one kernel: convolution with few input channels + BN + activation + 3x3/2 max pool, NHWC.
+"""The stem in one kernel: convolution with few input channels + BN + activation + 3x3/2 max pool. x is NHWC or
+NCHW (PLANAR), y NHWC.
 
 pool(act(conv(x, w) * scale + shift)): the convolution's output, a ResNet's largest tensor, is not written.
-Filter row r of an output pixel reads S * C contiguous elements of x, so the reduction runs over R_PAD
-segments of SEGMENT elements, of which w [K, R_PAD * SEGMENT] is zero outside the filter; a segment starts
-SHIFT elements early where that aligns the loads. (A NaN or infinity in x reaches that much further.)
+Filter row r of an output pixel reads S * C contiguous elements of x, or S of each of C planes: a segment. The
+reduction runs over SEGMENTS of them, filled up to SEGMENT elements, where w [K, SEGMENTS * SEGMENT] is zero; a
+segment starts SHIFT elements early where that aligns the loads. (A NaN or infinity in x reaches that much
+further.)
 A program walks down STRIP pooled rows and keeps the maximum over the shared convolution row, so a pooled row
 costs two convolution rows at three columns a pixel: 1.5 times the products of the convolution alone.
 
@@ -26,6 +28,8 @@ def _conv_row(
     b_shift,
     b_factor,
     b_offset,
+    factor,
+    offset,
     p1,  # the convolution's output row
     o_q2,  # [BLOCK_Q] pooled columns
     H,
@@ -35,7 +39,8 @@ def _conv_row(
     act_param,
     C: tl.constexpr,
     R: tl.constexpr,
-    R_PAD: tl.constexpr,
+    PLANAR: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     SEGMENT: tl.constexpr,
     SHIFT: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -49,21 +54,28 @@ def _conv_row(
     BLOCK_K: tl.constexpr,
 ):
     """[BLOCK_Q, BLOCK_N]: the maximum over three neighbouring columns of convolution row p1; -inf outside."""
+    # Planes are read one pixel after the other, else all channels of a pixel lie side by side.
+    PLANES: tl.constexpr = C if PLANAR else 1
+    PIXEL: tl.constexpr = 1 if PLANAR else C
     best = tl.full((o_q2.shape[0], b.shape[1]), float("-inf"), tl.float32)
     for j in tl.static_range(3):
         q1 = 2 * o_q2 - 1 + j
-        o_q = q1 * (STRIDE_W * C) - (PAD_W * C + SHIFT)
+        o_q = q1 * (STRIDE_W * PIXEL) - (PAD_W * PIXEL + SHIFT)
         z = tl.zeros((o_q2.shape[0], b.shape[1]), tl.float32)
-        for k0 in range(0, R_PAD * SEGMENT, BLOCK_K):
+        for k0 in range(0, SEGMENTS * SEGMENT, BLOCK_K):
             o_k = tl.arange(0, BLOCK_K)
-            r = (k0 + o_k) // SEGMENT
+            r = (k0 + o_k) // SEGMENT // PLANES
+            plane = (k0 + o_k) // SEGMENT % PLANES
             h = p1 * STRIDE_H - PAD_H + r
             o_e = o_q[:, None] + (o_k % SEGMENT)[None, :]
-            m = (o_e >= 0) & (o_e < W * C) & ((h >= 0) & (h < H) & (r < R))[None, :]
-            a = tl.load(p_x + ((h * (W * C))[None, :] + o_e), mask=m, other=0)
+            m = (o_e >= 0) & (o_e < W * PIXEL) & ((h >= 0) & (h < H) & (r < R))[None, :]
+            a = tl.load(p_x + (((plane * H + h) * (W * PIXEL))[None, :] + o_e), mask=m, other=0)
             if NORMALIZE:
+                if BLOCK_K < SEGMENTS * SEGMENT:
+                    b_factor = tl.load(factor + k0 + o_k)
+                    b_offset = tl.load(offset + k0 + o_k)
                 a = tl.where(m, a.to(tl.float32) * b_factor[None, :] + b_offset[None, :], 0.0)
-            if BLOCK_K < R_PAD * SEGMENT:
+            if BLOCK_K < SEGMENTS * SEGMENT:
                 b = tl.load(p_w[None, :] + (k0 + o_k)[:, None], mask=m_n[None, :], other=0.0)
             z = tl.dot(a.to(b.dtype), b, z, input_precision=PRECISION)
         z = z * b_scale[None, :] + b_shift[None, :]
@@ -80,7 +92,7 @@ def stem_pool_kernel(
     w,
     scale,
     shift,
-    factor,  # [R_PAD * SEGMENT] per element of a segment; not read unless NORMALIZE
+    factor,  # [SEGMENTS * SEGMENT]; not read unless NORMALIZE
     offset,
     y,
     H,
@@ -93,7 +105,8 @@ def stem_pool_kernel(
     C: tl.constexpr,
     K: tl.constexpr,
     R: tl.constexpr,
-    R_PAD: tl.constexpr,
+    PLANAR: tl.constexpr,
+    SEGMENTS: tl.constexpr,
     SEGMENT: tl.constexpr,
     SHIFT: tl.constexpr,
     STRIDE_H: tl.constexpr,
@@ -107,7 +120,7 @@ def stem_pool_kernel(
     STRIP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,  # a multiple of SEGMENT; all of R_PAD * SEGMENT keeps the weights resident
+    BLOCK_K: tl.constexpr,  # a multiple of SEGMENT; all of SEGMENTS * SEGMENT keeps the weights resident
 ):
     q_tiles = tl.cdiv(Q2, BLOCK_Q)
     strips = tl.cdiv(P2, STRIP)
@@ -118,7 +131,7 @@ def stem_pool_kernel(
     o_n = tl.arange(0, BLOCK_N)
     m_n = o_n < K
     o_k = tl.arange(0, BLOCK_K)
-    p_w = w + o_n * (R_PAD * SEGMENT)
+    p_w = w + o_n * (SEGMENTS * SEGMENT)
     b = tl.load(p_w[None, :] + o_k[:, None], mask=m_n[None, :], other=0.0)
     b_scale = tl.load(scale + o_n, mask=m_n, other=0.0)
     b_shift = tl.load(shift + o_n, mask=m_n, other=0.0)
@@ -142,6 +155,8 @@ def stem_pool_kernel(
             b_shift,
             b_factor,
             b_offset,
+            factor,
+            offset,
             i,
             o_q2,
             H,
@@ -151,7 +166,8 @@ def stem_pool_kernel(
             act_param,
             C,
             R,
-            R_PAD,
+            PLANAR,
+            SEGMENTS,
             SEGMENT,
             SHIFT,
             STRIDE_H,

@@ -97,8 +97,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def candidate_calls(candidate: Any, problem: Any, config: Any) -> list[Any]:
-    """The launches of a candidate that has `calls`, on meta tensors."""
+def candidate_calls(candidate: Any, problem: Any, config: Any, planar: bool = False) -> list[Any]:
+    """The launches of a candidate that has `calls`, on meta tensors; `planar`: inputs are contiguous where the
+    candidate takes them so."""
     import torch
     from checking import make_nodes
 
@@ -109,10 +110,11 @@ def candidate_calls(candidate: Any, problem: Any, config: Any) -> list[Any]:
     constants = candidate.prepare(problem, config, parameters)
     shapes = [(name, problem.input_shape(name), problem.input_dtype(name)) for name in problem.inputs]
     shapes += [(role, problem.output_shape(role), problem.dtype) for role in problem.outputs]
-    tensors = {}
+    tensors, contiguous = {}, candidate.planar(problem) if planar else ()
     for name, shape, dtype in shapes:
         value = torch.empty(shape, dtype=dtype, device="meta")
-        tensors[name] = value.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else value
+        rows = len(shape) == 4 and name not in contiguous
+        tensors[name] = value.contiguous(memory_format=torch.channels_last) if rows else value
     counters = torch.empty(candidate.counters(problem, config), dtype=torch.int32, device="meta")
     workspace = torch.empty(candidate.workspace(problem, config), dtype=torch.uint8, device="meta")
     return candidate.calls(problem, config, Buffers(tensors, counters, workspace), constants)

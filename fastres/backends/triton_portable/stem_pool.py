@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from fastres.backends.triton_portable.base import (
@@ -53,36 +55,34 @@ class StemPool(TritonCandidate):
         each = ((2 * config.strip + 1) * row + spec.weight_elements) * problem.dtype.itemsize
         return Work(blocks, each).ms(problem, target)
 
+    def planar(self, problem: Problem) -> frozenset[str]:
+        return frozenset(problem.inputs)
+
     def prepare(self, problem, config, parameters):
-        spec = problem["conv"]
-        layer = parameters["conv"]
-        r_pad, segment, early = layout(spec)
-        k, c = spec.k, spec.c
-        (r, s), device = spec.kernel, layer.weight.device
-        weight = torch.zeros(k, r_pad, segment, dtype=problem.dtype, device=device)
-        rows = layer.weight.permute(0, 2, 3, 1).reshape(k, r, s * c).to(problem.dtype)
-        weight[:, :r, early : early + s * c] = rows
-        scale, shift = scale_shift(layer)
-        if "normalize" not in parameters:
-            return weight.view(k, -1), scale, shift, scale, shift
-        # (x / 255 - mean) / std, spread over a segment's elements
-        mean, std = (getattr(parameters["normalize"], name).double() for name in ("mean", "std"))
-        channel = (torch.arange(r_pad * segment) % segment - early) % c
-        factor, offset = (1 / (255 * std))[channel], (-mean / std)[channel]
-        return weight.view(k, -1), scale, shift, factor.float().to(device), offset.float().to(device)
+        """(scale, shift), and of channels_last and contiguous images (weight, factor, offset)."""
+        layer, normalize = parameters["conv"], parameters.get("normalize")
+        ordered = tuple(
+            _order(problem, layer.weight, normalize, Layout.of(problem["conv"], p)) for p in (0, 1)
+        )
+        return scale_shift(layer), ordered
 
     def calls(self, problem: Problem, config: StemConfig, buffers: Buffers, constants) -> list[Call]:
         spec, pool = problem["conv"], problem["pool"]
         normalize = problem.get("normalize") is not None
-        weight, scale, shift, factor, offset = constants
-        r_pad, segment, early = layout(spec)
+        (scale, shift), ordered = constants
+        x = buffers[problem.inputs[0]]
+        # One channel's pixels side by side; of a lone pixel or channel both orders are the same.
+        planar = x.stride(3) == 1 and x.stride(1) == spec.h * spec.w
+        layout = Layout.of(spec, planar)
+        weight, factor, offset = ordered[planar]
+        size = layout.segments * layout.segment
         args = dict(
-            x=buffers["normalize.x" if normalize else "conv.x"],
+            x=x,
             w=weight,
             scale=scale,
             shift=shift,
-            factor=factor,
-            offset=offset,
+            factor=scale if factor is None else factor,
+            offset=scale if offset is None else offset,
             y=buffers["pool"],
             H=spec.h,
             W=spec.w,
@@ -94,9 +94,10 @@ class StemPool(TritonCandidate):
             C=spec.c,
             K=spec.k,
             R=spec.kernel[0],
-            R_PAD=r_pad,
-            SEGMENT=segment,
-            SHIFT=early,
+            PLANAR=planar,
+            SEGMENTS=layout.segments,
+            SEGMENT=layout.segment,
+            SHIFT=layout.early,
             STRIDE_H=spec.stride[0],
             STRIDE_W=spec.stride[1],
             PAD_H=spec.padding[0],
@@ -107,20 +108,63 @@ class StemPool(TritonCandidate):
             PRECISION=precision(problem),
             STRIP=config.strip,
             BLOCK_Q=config.block_q,
-            BLOCK_K=min(segment * config.block_r, r_pad * segment),
+            BLOCK_K=min(max(16, pow2(layout.row)) * config.block_r, size),
             BLOCK_N=max(16, pow2(spec.k)),
         )
         programs = spec.n * cdiv(pool.p, config.strip) * cdiv(pool.q, config.block_q)
         return [Call(kernels.stem_pool_kernel, args, programs, config.num_warps, config.num_stages)]
 
 
-def layout(spec: ConvSpec) -> tuple[int, int, int]:
-    """(filter rows padded, elements of a row padded, elements that a row starts early). The start of every
-    row is then as aligned as the step from one output column to the next."""
-    step = spec.stride[1] * spec.c
-    aligned = min(step & -step, 8)
-    early = -spec.padding[1] * spec.c % aligned
-    return pow2(spec.kernel[0]), max(16, pow2(spec.kernel[1] * spec.c + early)), early
+@dataclass(frozen=True)
+class Layout:
+    """How the reduction runs over the image: segments of contiguous elements.
+
+    Attributes:
+        segments, segment: their number and length, filled up to powers of two.
+        early: elements that a segment begins before the filter's first column; its start is then as aligned as
+            the step from one output column to the next.
+        planes: segments of a filter row: the channels of contiguous images, one of channels_last ones.
+        row: elements of a filter row.
+    """
+
+    segments: int
+    segment: int
+    early: int
+    planes: int
+
+    @property
+    def row(self) -> int:
+        return self.planes * self.segment
+
+    @classmethod
+    def of(cls, spec: ConvSpec, planar: bool) -> Layout:
+        pixel, planes = (1, spec.c) if planar else (spec.c, 1)
+        step = spec.stride[1] * pixel
+        aligned = min(step & -step, 8)
+        early = -spec.padding[1] * pixel % aligned
+        segment = pow2(spec.kernel[1] * pixel + early)
+        # tl.dot takes a reduction of 16 at least.
+        segment = max(segment, pow2(cdiv(16, planes)))
+        return cls(pow2(spec.kernel[0] * planes), segment, early, planes)
+
+
+def _order(problem: Problem, weight: torch.Tensor, normalize, layout: Layout):
+    """The weights [K, R, planes, segment] in memory, and uint8's factor and offset of each of their columns."""
+    k, c, r, s = weight.shape
+    planes, early = layout.planes, layout.early
+    filled = torch.zeros(k, layout.segments, layout.segment, dtype=problem.dtype, device=weight.device)
+    # A filter row's segments: [K, R, C, S] of planes, else [K, R, 1, S * C].
+    rows = weight.permute(0, 2, 1, 3) if planes == c else weight.permute(0, 2, 3, 1).reshape(k, r, 1, s * c)
+    rows = rows.reshape(k, r * planes, -1).to(problem.dtype)
+    filled[:, : r * planes, early : early + rows.shape[2]] = rows
+    if normalize is None:
+        return filled.view(k, -1), None, None
+    # (x / 255 - mean) / std
+    mean, std = (getattr(normalize, name).double() for name in ("mean", "std"))
+    column = torch.arange(layout.segments * layout.segment)
+    channel = column // layout.segment % c if planes == c else (column % layout.segment - early) % c
+    factor, offset = (1 / (255 * std))[channel], (-mean / std)[channel]
+    return filled.view(k, -1), factor.float().to(weight.device), offset.float().to(weight.device)
 
 
 register(StemPool())

@@ -32,7 +32,7 @@ BLOCK_NETWORKS = ("resnet50", "resnext50_32x4d")
 
 
 def jobs(capability, networks, dtypes, batches=(256,), choices=1, flags=()):
-    """(candidate, problem, config, capability) of launches that differ after specialisation."""
+    """(candidate, problem, config, capability, planar) of launches that differ after specialisation."""
     target = replace(H100, arch=f"sm{capability}")
     found = {}
     for candidate in [c for c in REGISTRY.candidates.values() if c.backend == "triton"]:
@@ -46,19 +46,20 @@ def jobs(capability, networks, dtypes, batches=(256,), choices=1, flags=()):
                         if candidate.accepts(problem, target) is not None:
                             continue
                         for config in candidate.configs(problem, target)[:choices]:
-                            calls = candidate_calls(candidate, problem, config)
-                            key = tuple(
-                                specialization(c.kernel, c.args, c.options, capability) for c in calls
-                            )
-                            found.setdefault(key, (candidate.name, problem, config, capability))
+                            for planar in (False, True) if candidate.planar(problem) else (False,):
+                                calls = candidate_calls(candidate, problem, config, planar)
+                                key = tuple(
+                                    specialization(c.kernel, c.args, c.options, capability) for c in calls
+                                )
+                                found.setdefault(key, (candidate.name, problem, config, capability, planar))
     return list(found.values())
 
 
 def compile_job(job) -> tuple[str, list[Compiled] | str]:
-    name, problem, config, capability = job
-    label = f"sm_{capability} {name} {problem} | {config}"
+    name, problem, config, capability, planar = job
+    label = f"sm_{capability} {name} {problem} | {config}{' contiguous' * planar}"
     try:
-        calls = candidate_calls(REGISTRY[name], problem, config)
+        calls = candidate_calls(REGISTRY[name], problem, config, planar)
         return label, [compile_for(capability, c.kernel, c.args, **c.options) for c in calls]
     except Exception as error:
         return label, f"{type(error).__name__}: {str(error)[-500:]}"
@@ -72,7 +73,7 @@ def check(found: list, spills: bool = False) -> None:
             if isinstance(kernels, str):
                 faults.append(f"{label}: {kernels}")
                 continue
-            _, problem, _, capability = job
+            _, problem, _, capability, _ = job
             for kernel in kernels:
                 if kernel.shared > SHARED_LIMIT[capability]:
                     faults.append(f"{label}: {kernel.shared} bytes of shared memory")

@@ -46,7 +46,24 @@ def test_float_images(shape, fields, dtype, integers):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape, fields", [((2, 16, 14), {}), ((1, 9, 9), dict(size=3, c=4, k=20))], ids=str)
 def test_uint8_images(shape, fields, dtype):
-    check_candidate(CANDIDATE, stem(*shape, dtype=dtype, u8=True, **fields), CONFIG)
+    config = CONFIG if dtype == torch.float32 else StemConfig(16, 2, 2, 4, 1)
+    check_candidate(CANDIDATE, stem(*shape, dtype=dtype, u8=True, **fields), config)
+
+
+@pytest.mark.parametrize(
+    "shape, fields, rows",
+    [
+        ((2, 8, 10), dict(dtype=torch.float16), 8),
+        ((1, 9, 7), dict(k=7), 1),
+        ((1, 9, 12), dict(size=5, u8=True), 8),
+        ((1, 6, 7), dict(size=3, stride=1, c=4, dtype=torch.float16, u8=True), 1),
+        ((1, 11, 9), dict(c=1, padding=0), 8),
+        ((1, 1, 1), {}, 8),
+    ],
+    ids=str,
+)
+def test_contiguous_images(shape, fields, rows):
+    check_candidate(CANDIDATE, stem(*shape, **fields), StemConfig(16, 2, rows, 4, 1), planar=True)
 
 
 @pytest.mark.parametrize(
