@@ -93,23 +93,20 @@ def _measure_all(bench: Bench, path: Path | None, machine: Environment, start: f
     """The rows of every case; each is in the file at `path` as soon as it is there."""
     covered = bench.work.scope
     deadline = None if covered.minutes is None else start + 60 * covered.minutes
-    counts = [len(entries) for entries in bench.entries]
     rows: list[results.Row] = []
     spent: dict[str, float] = {}
     file = contextlib.nullcontext(lambda rows: None) if path is None else results.writing(path, machine)
     with _own_compiler_cache(), file as append, bench, progress() as bar:
-        task = bar.add_task("start", total=sum(counts))
+        task = bar.add_task("start", total=sum(map(len, bench.entries)))
         for i, case in enumerate(bench.cases):
             began = time.monotonic()
             at = f"{case.level}: {case.name}, {dtype_name(case.dtype)}, batch {case.batch}"
-            done = sum(counts[:i])
-            steps: list[str] = []
-
-            def on_step(step: str, at: str = at, done: int = done, steps: list[str] = steps) -> None:
-                steps.append(step)
-                bar.update(task, completed=done + len(set(steps)) - 1, description=f"{at}, {step}")
-
-            measured = bench.measure(i, deadline=deadline, on_step=on_step)
+            measured = bench.measure(
+                i,
+                deadline=deadline,
+                on_step=lambda step, at=at: bar.update(task, description=f"{at}, {step}"),
+            )
+            bar.update(task, advance=len(measured))
             append(measured)
             rows += measured
             spent[case.level] = spent.get(case.level, 0.0) + time.monotonic() - began

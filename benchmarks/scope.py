@@ -49,7 +49,7 @@ class Scope:
     @property
     def patience(self) -> float:
         """Seconds that a provider may take to answer for the first time; a compiler may take three times it."""
-        return self.pick(smoke=60.0, quick=90.0, full=300.0)
+        return self.pick(smoke=60.0, quick=120.0, full=300.0)
 
     def pick(self, *, smoke, quick, full, cuda_quick=None, cuda_full=None):
         """The value for this run's size and kind of device."""

@@ -21,14 +21,17 @@ from benchmarks.providers.base import Provider
 from benchmarks.results import Row
 from benchmarks.scope import Scope
 from benchmarks.trial import new_row
+from fastres import native
 from fastres.plan.problem import dtype_name
 
 # A provider that ended this many processes is not tried again.
 MOST_DEATHS = 2
 # The last part of a run's time, in which nothing more is begun, and what is begun is timed.
 _LAST = 0.05
-# A process that starts may take so many seconds, on a busy machine.
+# A process that starts, and a C++ compiler, may take so many seconds at least, on a busy machine.
 _START_S = 150.0
+# One that is killed is gone when the driver has torn down its context.
+_END_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,10 @@ class Work:
     threads: int | None = None
 
     def cases(self) -> list[Case]:
-        """All that somebody takes part in."""
+        """All that somebody takes part in; a GPU's second dtype last, in case time runs out."""
         found = [case for level in self.levels for case in levels.cases(level, self.scope)]
+        if self.scope.cuda:
+            found.sort(key=lambda case: case.dtype != self.scope.dtypes[0])
         return [case for case in found if self.providers(case)]
 
     def providers(self, case: Case) -> list[Provider]:
@@ -77,6 +82,9 @@ class Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._pipe.close()  # it ends by itself if it waits for work
+            self._process.join(1.0)
         self._stop()
 
     def measure(
@@ -102,7 +110,7 @@ class Bench:
             self._stop()
             if outcome == engine.TIME_OVER:
                 continue
-            if step in ("", engine.PREPARING, engine.TIMING):
+            if step in ("", engine.BUILDING, engine.PREPARING, engine.TIMING):
                 return self._unmeasured(index, "failed", f"{step or 'start'}: {outcome}", dead)
             self._deaths[step] += 1
             dead[step] = outcome
@@ -129,16 +137,15 @@ class Bench:
                 step = value
                 on_step(step)
         except (EOFError, OSError):
-            self._process.join()
+            self._process.join(_END_S)
             code = self._process.exitcode
-            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
             return step, f"the process died: {how}"
 
     def _patience(self, index: int, step: str) -> float:
-        if not step:
-            return max(_START_S, self.patience)
         quick = any(entry.provider == step and not entry.compiles for entry in self.entries[index])
-        return self.patience * (1 if quick else 3)
+        patience = self.patience * (1 if quick else 3)
+        return max(_START_S, patience) if step in ("", engine.BUILDING) else patience
 
     def _connection(self) -> Connection:
         if self._process is None:
@@ -157,7 +164,7 @@ class Bench:
             os.killpg(self._process.pid, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
-        self._process.join()
+        self._process.join(_END_S)
         self._pipe.close()
         self._process = self._pipe = None
 
@@ -180,11 +187,17 @@ def _serve(work: Work, pipe: Connection) -> None:
     if work.scope.cuda:
         torch.backends.cudnn.benchmark = True
     cases = work.cases()
+    built = False
     while True:
         try:
             index, deadline, dead = pipe.recv()
         except EOFError:
             return
+        if not built:
+            # Once a machine, by a compiler that takes a minute: neither a hang nor anybody's first call.
+            pipe.send(("step", engine.BUILDING))
+            native.available("cuda" if work.scope.cuda else "cpu")
+            built = True
         try:
             rows = engine.measure(
                 cases[index],

@@ -9,7 +9,7 @@ from benchmarks.case import Case
 from benchmarks.scope import Scope
 
 # The order of a run: what matters most comes first, in case time runs out.
-LEVELS = ("model", "block", "fused", "op", "training", "host", "layer")
+LEVELS = ("model", "fused", "layer", "block", "op", "host", "training")
 
 
 def cases(level: str, scope: Scope) -> list[Case]:

@@ -27,7 +27,7 @@ def cases(scope: Scope) -> list[Case]:
         ("wide 256, stage 1", "Bottleneck", 256, 64, 1, 1, 128, 56),
     ]
     tiny = [("bottleneck 64, small", "Bottleneck", 64, 16, 1, 1, 64, 8)]
-    blocks = scope.pick(smoke=tiny, quick=blocks[:3], cuda_quick=blocks[:5], full=blocks)
+    blocks = scope.pick(smoke=tiny, quick=blocks[:3], full=blocks)
     return [
         _case(*block, n, dtype, scope.device)
         for dtype in scope.part_dtypes

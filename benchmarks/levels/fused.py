@@ -21,7 +21,7 @@ def cases(scope: Scope) -> list[Case]:
     )
     # (stage, channels inside a block, height and width)
     stages = ((1, 64, 56), (2, 128, 28), (3, 256, 14), (4, 512, 7))
-    stages = scope.pick(smoke=((1, 8, 8),), quick=stages[:3:2], cuda_quick=stages[:3], full=stages)
+    stages = scope.pick(smoke=((1, 8, 8),), quick=stages[:3:2], full=stages)
     found = []
     for dtype in scope.part_dtypes:
         for n in batches:

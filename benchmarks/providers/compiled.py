@@ -63,7 +63,7 @@ PROVIDERS = [
         quick_cuda=("training",),
     ),
     Compiled("compile freezing", "default", *INFERENCE, freezing=True, quick_cpu=("block", "model")),
-    Compiled("compile reduce-overhead", "reduce-overhead", "model", quick_cuda=("model",)),
+    Compiled("compile reduce-overhead", "reduce-overhead", "model"),
     Compiled(
         "compile reduce-overhead freezing", "reduce-overhead", "model", freezing=True, quick_cuda=("model",)
     ),

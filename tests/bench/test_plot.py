@@ -9,6 +9,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("torchvision")
 
 from benchmarks import readme, results, shapes
+from benchmarks.cli import RESULTS
 from benchmarks.plot import layer_stack, plot
 from benchmarks.results import Results, Row
 from fastres.bench.environment import environment
@@ -119,6 +120,10 @@ def test_readme_shows_every_device_and_keeps_recordings_apart(file, tmp_path):
     assert "| **fastres** | 4,000 (5.00x) |" in measured and "fastres cudnn" not in measured
     assert "eager NCHW" not in measured and "| eager NCHW | 1,600 (2.00x) |" in recorded
     assert "fastres is not among these rows" in recorded and "driver 1.2" in measured
+
+
+def test_the_readme_here_is_what_the_results_here_make():
+    assert not readme.update(RESULTS.parents[1] / "README.md", RESULTS, write=False)
 
 
 def test_readme_without_markers_is_refused(tmp_path):

@@ -13,6 +13,7 @@ pytest.importorskip("torchvision")
 
 from benchmarks import engine
 from benchmarks.case import Case, Subject
+from benchmarks.levels import LEVELS
 from benchmarks.providers import BASELINE
 from benchmarks.providers.base import Provider
 from benchmarks.providers.eager import EagerChannelsLast, Folded
@@ -86,7 +87,7 @@ def test_who_ended_two_processes_is_not_tried_again():
     assert tried[:4] == ["", hang[1], "", hang[1]] and "2 processes" in tried[4]
 
 
-@pytest.mark.parametrize("step", ["", engine.PREPARING, engine.TIMING])
+@pytest.mark.parametrize("step", ["", engine.BUILDING, engine.PREPARING, engine.TIMING])
 def test_a_death_that_is_nobodys_fails_the_case_and_ends(step):
     rows = Scripted((step, "the process died: SIGKILL")).measure(0)
     assert {row.status for row in rows} == {"failed"}
@@ -101,6 +102,30 @@ def test_the_run_ends_at_its_deadline_whatever_is_being_done():
     bench._attempt = lambda *_: (time.sleep(0.06), ("hangs", engine.TIME_OVER))[1]
     rows = bench.measure(0, deadline=late)
     assert {(row.status, row.reason) for row in rows} == {("skipped", engine.TIME_OVER)}
+
+
+def test_an_unattended_gpu_run_compiles_what_it_has_time_for():
+    """Listed without a GPU. A network takes a compiler half a minute to a minute (predicted)."""
+    work = Work(scope("quick", "cuda"), LEVELS)
+    found = [(case, engine.entries(case, work.providers(case), work.scope)) for case in work.cases()]
+    compiling = [
+        entry.provider for _, entries in found for entry in entries if entry.compiles and not entry.skip
+    ]
+    assert 0 < len(compiling) <= 3
+    # the second dtype comes last, in case time runs out
+    dtypes = [case.dtype for case, _ in found]
+    assert dtypes == sorted(dtypes, key=lambda dtype: dtype != torch.bfloat16) and len(set(dtypes)) == 2
+    assert found[0][0].level == "model"
+
+
+def test_a_compiler_is_not_begun_in_the_last_minute():
+    (case,) = WORK.cases()
+
+    class Compiles(Folded):
+        compiles = True
+
+    rows = engine.measure(case, [EagerChannelsLast(), Compiles()], WORK.scope, deadline=time.monotonic() + 50)
+    assert [row.status for row in rows] == ["ok", "skipped"] and rows[1].reason == engine.TIME_OVER
 
 
 def test_only_the_wanted_rows_are_listed():
