@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -182,6 +183,7 @@ class Bench:
 def _serve(work: Work, pipe: Connection) -> None:
     """The other end: measures what it is asked for until the pipe closes."""
     os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if work.threads is not None:
         torch.set_num_threads(work.threads)
     if work.scope.cuda:
@@ -210,3 +212,9 @@ def _serve(work: Work, pipe: Connection) -> None:
         except engine.DeviceLost as error:
             return pipe.send(("lost", str(error)))
         pipe.send(("rows", rows))
+
+
+def _end_with_parent() -> None:
+    """A process that hangs does not outlive the one that watches it, however that ends."""
+    multiprocessing.parent_process().join()
+    os.killpg(0, signal.SIGKILL)
