@@ -2,6 +2,7 @@
 #include "any_max_pool.h"
 #include "any_pool_linear.h"
 #include "conv_arguments.h"
+#include "conv_latency.h"
 #include "shifted_block.h"
 
 namespace fastres {
@@ -28,24 +29,30 @@ void sm80_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale
   finish_record(x, record, [&] { return sm80_conv_record(p, type, m, n, parts); });
 }
 
-// second [N, C2, H2, W2]: a tensor that a 1x1 convolution of stride `second_stride` adds, or none.
+// second [N, C2, H2, W2]: a tensor that a 1x1 convolution of stride `second_stride` adds, or none. box: images, rows and
+// columns of output pixels that a block takes.
 void sm90_conv_latency(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
                        const Optional& residual, const Tensor& out, Ints geometry, int64_t act, double act_param,
-                       const Optional& second, Ints second_stride, int64_t pixels, int64_t cluster,
-                       const Tensor& record) {
+                       const Optional& second, Ints second_stride, Ints box, int64_t cluster, const Tensor& record) {
+  check_device(x, "x");
+  check_nhwc(x, "x");
+  check_nhwc(out, "out");
   LatencyConv p{};
-  int64_t more = 0;
   if (second) {
     p.second_shape = second_shape(*second, x, out, second_stride);
     p.second = pointer(*second);
-    more = p.second_shape.c;
   }
-  p.conv = conv_arguments(x, weight, scale, shift, residual, out, geometry, act, act_param, more);
-  FASTRES_CHECK(!second || p.conv.shape.groups == 1, "second: takes one group, there are ", p.conv.shape.groups);
-  const int64_t steps = ceil_div(p.conv.shape.depth(), 64) + ceil_div(more, 64);
+  const ConvShape shape = conv_shape(x, out, geometry);
+  p.conv = conv_arguments(x, weight, scale, shift, residual, out, geometry, act, act_param,
+                          latency_weight_row(shape, p.second_shape.c));
+  FASTRES_CHECK(!second || shape.groups == 1, "second: takes one group, there are ", shape.groups);
+  FASTRES_CHECK(box.size() == 3, "box has ", box.size(), " numbers, expected 3");
+  for (size_t i = 0; i < 3; ++i) FASTRES_CHECK(box[i] >= 1 && box[i] <= 64, "box[", i, "] is ", box[i]);
+  const int64_t steps = latency_weight_row(shape, static_cast<int>(round_up(p.second_shape.c, 64))) / 64;
   FASTRES_CHECK(cluster >= 1 && cluster <= steps, "cluster is ", cluster, ", expected 1 to ", steps);
   finish_record(x, record, [&] {
-    return sm90_conv_latency_record(p, type_of(x, "x"), static_cast<int>(pixels), static_cast<int>(cluster));
+    return sm90_conv_latency_record(p, type_of(x, "x"), static_cast<int>(box[0]), static_cast<int>(box[1]),
+                                    static_cast<int>(box[2]), static_cast<int>(cluster));
   });
 }
 

@@ -112,14 +112,4 @@ struct ConvBnAct {
 // block_m, block_n: one of the kernel's tiles (128 x 128, 128 x 64, 64 x 64). Throws std::invalid_argument.
 Record sm80_conv_record(ConvBnAct p, Type type, int block_m, int block_n, int splits);
 
-// With `second`, a 1x1 convolution of another tensor to the same outputs is added: its depth follows the first one's,
-// which `weight` pads with zeros to a multiple of 64.
-struct LatencyConv {
-  ConvBnAct conv;
-  ConvShape second_shape;
-  const void* second;
-};
-// pixels a block: 32 or 64; cluster: 1, 2, 4 or 8 blocks that share the depth.
-Record sm90_conv_latency_record(LatencyConv p, Type type, int pixels, int cluster);
-
 }  // namespace fastres

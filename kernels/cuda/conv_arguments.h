@@ -87,10 +87,10 @@ inline ConvShape second_shape(const Tensor& second, const Tensor& x, const Tenso
   return conv_shape(second, out, Ints(one, 9));
 }
 
-// Everything but the tiles. `more`: channels of a second input, whose weights follow at a multiple of 64.
+// Everything but the tiles. `row`: elements of a filter's row of weights, where it is not the depth alone.
 inline ConvBnAct conv_arguments(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
                          const Optional& residual, const Tensor& out, Ints geometry, int64_t act, double act_param,
-                         int64_t more = 0) {
+                         int64_t row = 0) {
   check_device(x, "x");
   check_nhwc(x, "x");
   check_same_device(out, x, "out");
@@ -102,7 +102,7 @@ inline ConvBnAct conv_arguments(const Tensor& x, const Tensor& weight, const Ten
   p.shape = conv_shape(x, out, geometry);
   FASTRES_CHECK(x.numel() > 0 && out.numel() > 0, "x and out must not be empty");
   FASTRES_CHECK(act >= 0 && act < 8, "act is ", act, ", expected a code from 0 to 7");
-  const int64_t row = more ? round_up(p.shape.depth(), 64) + more : round_up(p.shape.depth(), type == Type::kFp32 ? 4 : 8);
+  if (!row) row = round_up(p.shape.depth(), type == Type::kFp32 ? 4 : 8);
   check_matrix(weight, x, p.shape.k, row, "weight");
   check_channels(scale, x, p.shape.k, "scale");
   check_channels(shift, x, p.shape.k, "shift");

@@ -240,6 +240,17 @@ FASTRES_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
 }
+// The two halves of a barrier that orders nothing in memory: after it, all have done what they read before.
+FASTRES_DEVICE void arrive_cluster_relaxed() {
+#ifdef FASTRES_SM90
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+FASTRES_DEVICE void wait_cluster() {
+#ifdef FASTRES_SM90
+  asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
 // This block's shared address, in the block `rank` of the cluster.
 FASTRES_DEVICE uint32_t address_in(uint32_t address, uint32_t rank) {
   uint32_t remote = address;
@@ -344,6 +355,16 @@ FASTRES_DEVICE void load_im2col(uint32_t to, const TensorMap* map, uint32_t barr
       "[%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(to),
       "l"(map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(n), "h"(static_cast<uint16_t>(offset_w)),
       "h"(static_cast<uint16_t>(offset_h))
+      : "memory");
+#endif
+}
+FASTRES_DEVICE void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int c0, int c1, int c2, int c3,
+                             int c4) {
+#ifdef FASTRES_SM90
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], "
+      "[%2];" ::"r"(to),
+      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4)
       : "memory");
 #endif
 }

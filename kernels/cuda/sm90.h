@@ -30,7 +30,8 @@ struct alignas(64) TensorMap {
 };
 
 // A map over a dense tensor of 16-bit elements: sizes and box innermost first, strides in bytes of dimensions 1 on,
-// 128-byte swizzle (the box's innermost extent is 64 elements).
+// 128-byte swizzle (the box's innermost extent is 64 elements). `step`: of every dimension but the
+// innermost a box has each step-th element.
 //
 // With traversal[0] it is an im2col map over [n, h, w, c] (rank 4): a load takes box[0] channels of box[1] windows, one
 // after the other in the order w, h, n (PTX ISA, "im2col mode"). Index 0 is w, 1 is h. Windows begin at lower, move by
@@ -44,6 +45,7 @@ struct TensorMapFields {
   uint32_t box[5];
   int8_t lower[2], upper[2];
   uint8_t traversal[2];
+  uint8_t step[5] = {1, 1, 1, 1, 1};
 };
 // Throws std::runtime_error where CUDA refuses it.
 TensorMap make_tensor_map(const TensorMapFields& fields);

@@ -2,10 +2,13 @@
 //
 // Filters are wgmma's M (64), pixels its N (32 or 64), so that 49 or 196 pixels still make full products. The depth is
 // divided among the blocks of a cluster, and each block adds the parts of its share of the pixels, in order, through
-// distributed shared memory. A block's filters are on their way before the layer in front of this one has ended.
-// x [N, H, W, C], weights [K, R, S, C / groups], bf16 or fp16. The dual form adds a projection shortcut: its channels
-// are more depth.
-#include "conv.h"
+// distributed shared memory. A block asks for no more shared memory than its steps fill, at most half an SM's: then the
+// next layer's blocks find room beside this one's, and their filters are on their way before this layer has ended.
+// x [N, H, W, C], weights as LatencyConv says, bf16 or fp16. The dual form adds a projection shortcut: its channels are
+// more depth.
+#include <algorithm>
+
+#include "conv_latency.h"
 #include "epilogue.cuh"
 #include "ptx_sm90.cuh"
 
@@ -13,194 +16,238 @@ namespace fastres {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kFilters = 64;
-constexpr int kStages = 8;   // with the depth divided, most blocks have no more steps than this: nothing is waited for twice
-constexpr int kDepth = 64;   // elements a step: a 128-byte row
+constexpr int kFilters = kLatencyFilters;
+constexpr int kFilterBytes = kFilters * kSwizzleRow;
 constexpr int kTileStride = kFilters + 4;  // floats; the 4 put eight filters and four pixels into different banks
+constexpr int kMaxStride = 8;              // that TMA steps by
 
-constexpr int stage_bytes(int pixels) { return (kFilters + pixels) * kSwizzleRow; }
-constexpr int latency_shared_bytes(int pixels) { return kStages * stage_bytes(pixels); }
-static_assert(64 * kTileStride * 4 <= latency_shared_bytes(64) && 32 * kTileStride * 4 <= latency_shared_bytes(32),
-              "the tile of sums takes the ring's place");
+constexpr int stage_bytes(int pixels) { return kFilterBytes + pixels * kSwizzleRow; }
+// What two blocks an SM leave to each (227 KB, less 1 KB that the system takes of a block).
+constexpr int stages_of(int pixels) { return (113 * 1024 - 128) / stage_bytes(pixels); }
+constexpr int tile_bytes(int pixels) { return pixels * kTileStride * 4; }
 
-template <class T, int kPixels, bool kDual>
-__global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __grid_constant__ LatencyConv parameters) {
-  const ConvBnAct& p = parameters.conv;
-  const ConvShape& second_shape = parameters.second_shape;
-  constexpr int V = 8;
-  constexpr int kRowsAtOnce = kThreads / 8;  // eight threads copy a row's eight chunks
-  constexpr int kRowsA = kFilters / kRowsAtOnce, kRowsB = kPixels / kRowsAtOnce;
+struct Parameters {
+  TensorMap weight, x, second;
+  ConvShape shape;
+  ConvBoxes boxes;
+  Epilogue epilogue;
+  int second_chunks, second_stride_h, second_stride_w;
+  int barriers;  // offset in shared memory
+};
+
+template <class T, int kPixels>
+__global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __grid_constant__ Parameters p) {
+  constexpr int V = 8, kStages = stages_of(kPixels), kStageBytes = stage_bytes(kPixels);
+  constexpr int kItems = kPixels * (kFilters / V) / kThreads;  // 16-byte stores of a thread, where no cluster shares them
+  ptx::let_successor_start();
   unsigned char* memory = ptx::dynamic_shared();
   const uint32_t ring = ptx::shared_address(memory);  // stage: filters, then pixels
+  const uint32_t full = ring + p.barriers;
   const ConvShape& shape = p.shape;
-  // tiles.splits is the cluster's size, and the parts of a tile are its blocks.
-  const ConvTile at = ConvTile::of(p.tiles, static_cast<int>(blockIdx.x));
+  const ConvBox at = ConvBox::of(p.boxes, static_cast<int>(blockIdx.x));
+  const Taps taps = Taps::of(shape, p.boxes, at);
+  const int first_steps = taps.steps(), parts = p.boxes.parts;
+  // The taps that remain are shared equally.
+  const Range steps = part_of(first_steps + p.second_chunks, at.part, parts);
+  const int count = steps.end - steps.begin, in_flight = count < kStages ? count : kStages;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
-  const int first_steps = static_cast<int>(ceil_div(shape.depth(), kDepth));
-  const int second_steps = kDual ? static_cast<int>(ceil_div(second_shape.c, kDepth)) : 0;
-  const Range steps = part_of(first_steps + second_steps, at.split, p.tiles.splits);
-  const int count = steps.end - steps.begin;
 
-  const int chunk = thread % 8, first_row = thread / 8;
-  const T* pixel[kRowsB];
-  const T* second[kDual ? kRowsB : 1];
-  int row[kRowsB], column[kRowsB];
-#pragma unroll
-  for (int i = 0; i < kRowsB; ++i) {
-    const int m = at.first_pixel + first_row + i * kRowsAtOnce;
-    const bool inside = m < shape.pixels();
-    const Window window = window_of(shape, inside ? m : 0);
-    pixel[i] = static_cast<const T*>(p.x) + window.offset * shape.c + at.group * shape.group_c();
-    row[i] = inside ? window.row : -(1 << 29);
-    column[i] = window.column;
-    if constexpr (kDual)
-      second[i] = static_cast<const T*>(parameters.second) +
-                  window_of(second_shape, inside ? m : 0).offset * second_shape.c + chunk * V;
+  const int filter_row = at.group * shape.group_k() + at.first_filter;
+  const auto load_filters = [&](int step) {
+    const uint32_t stage = ring + step % kStages * kStageBytes, barrier = full + step % kStages * 8;
+    ptx::barrier_arrive_expect(barrier, kFilterBytes + p.boxes.pixels() * kSwizzleRow);
+    const int i = steps.begin + step;
+    const Taps::Step tap = i < first_steps ? taps.step(i) : Taps::Step{shape.r, 0, i - first_steps};
+    ptx::load_box(stage, &p.weight, barrier, ((tap.r * shape.s + tap.s) * taps.chunks + tap.chunk) * kLatencyDepth,
+                  filter_row);
+  };
+  const auto load_pixels = [&](int step) {
+    const uint32_t to = ring + step % kStages * kStageBytes + kFilterBytes, barrier = full + step % kStages * 8;
+    const int i = steps.begin + step;
+    if (i < first_steps) {
+      const Taps::Step tap = taps.step(i);
+      ptx::load_box(to, &p.x, barrier, tap.chunk * kLatencyDepth, at.group,
+                    at.q * shape.stride_w - shape.pad_w + tap.s * shape.dilation_w,
+                    at.p * shape.stride_h - shape.pad_h + tap.r * shape.dilation_h, at.n);
+    } else {
+      ptx::load_box(to, &p.second, barrier, (i - first_steps) * kLatencyDepth, 0, at.q * p.second_stride_w,
+                    at.p * p.second_stride_h, at.n);
+    }
+  };
+
+  if (thread == 0) {
+    ptx::prefetch_map(&p.weight);
+    ptx::prefetch_map(&p.x);
+    if (p.second_chunks) ptx::prefetch_map(&p.second);
+    for (int i = 0; i < in_flight; ++i) ptx::barrier_init(full + i * 8, 1);
+    ptx::fence_barrier_init();
   }
-  const T* filter = static_cast<const T*>(p.weight) +
-                    (static_cast<int64_t>(at.group) * shape.group_k() + at.first_filter + first_row) * p.weight_row;
-  int element = steps.begin * kDepth + chunk * V;
-  Tap tap = Tap::of(shape, element);
+  ptx::sync_threads();
+  // A lane a step: they find their places side by side.
+  if (thread < in_flight) load_filters(thread);
 
-  const auto copy_filters = [&](int step) {
-    const uint32_t to = ring + step % kStages * stage_bytes(kPixels);
-    const int depth = element + step * kDepth;
+  // A thread's eight filters are the same for all of its pixels.
+  const Epilogue& e = p.epilogue;
+  const int filter = thread % (kFilters / V) * V, filters = shape.group_k() - at.first_filter - filter;
+  const int channel = filter_row + filter;
+  const bool aligned = shape.group_k() % V == 0 && filters >= V;
+  float scale[V], shift[V];
+  if (aligned) {
 #pragma unroll
-    for (int i = 0; i < kRowsA; ++i) {
-      const int r = first_row + i * kRowsAtOnce;
-      const bool valid = at.first_filter + r < shape.group_k() && depth < p.weight_row;
-      const T* from = filter + static_cast<int64_t>(i) * kRowsAtOnce * p.weight_row + depth;
-      ptx::copy_async_16(to + swizzle_128(r, chunk), valid ? from : p.weight, valid);
-    }
-  };
-  // In the order of steps: the tap walks along.
-  const auto copy_pixels = [&](int step) {
-    const uint32_t to = ring + step % kStages * stage_bytes(kPixels) + kFilters * kSwizzleRow;
-    if constexpr (kDual) {
-      const int begin = (steps.begin + step - first_steps) * kDepth;
-      if (begin >= 0) {
-#pragma unroll
-        for (int i = 0; i < kRowsB; ++i) {
-          const bool valid = row[i] > -(1 << 28) && begin + chunk * V < second_shape.c;
-          ptx::copy_async_16(to + swizzle_128(first_row + i * kRowsAtOnce, chunk), valid ? second[i] + begin : p.x,
-                             valid);
-        }
-        return;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kRowsB; ++i) {
-      const bool valid = tap.valid(shape, row[i], column[i]);
-      ptx::copy_async_16(to + swizzle_128(first_row + i * kRowsAtOnce, chunk),
-                         valid ? pixel[i] + tap.offset(shape) : p.x, valid);
-    }
-    tap.advance(shape, kDepth);
-  };
+    for (int j = 0; j < V; ++j) scale[j] = e.scale[channel + j], shift[j] = e.shift[channel + j];
+  }
 
-  for (int i = 0; i < kStages && i < count; ++i) copy_filters(i);
   ptx::wait_for_predecessor();
-  ptx::let_successor_start();
-  for (int i = 0; i < kStages; ++i) {
-    if (i < count) copy_pixels(i);
-    ptx::copy_async_commit();
+  if (thread < in_flight) load_pixels(thread);
+  // While they come: the residual.
+  const Range mine = part_of(kPixels, at.part, parts);
+  int64_t place[kItems];
+  Pack<T, V> residual[kItems];
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    const int m = mine.begin + k * (kThreads * V / kFilters) + thread / (kFilters / V);
+    const int64_t pixel = m < mine.end && filters > 0 ? at.pixel(shape, p.boxes, m) : -1;
+    place[k] = pixel < 0 ? -1 : pixel * shape.k + channel;
+    if (place[k] >= 0 && aligned && e.residual)
+      residual[k] = load<T, V>(static_cast<const T*>(e.residual) + place[k]);
   }
 
   float sum[kPixels / 2];
 #pragma unroll
   for (float& v : sum) v = 0;
   for (int step = 0; step < count; ++step) {
-    // Step s >= kStages was committed in iteration s - kStages + 2: two stages are always being multiplied or refilled.
-    if (step == 0) {
-      ptx::copy_async_wait<kStages - 1>();
-    } else if (step == 1) {
-      ptx::copy_async_wait<kStages - 2>();
-    } else {
-      ptx::copy_async_wait<kStages - 3>();
-      ptx::wgmma_wait<1>(sum);
-    }
-    ptx::fence_async_shared();
-    ptx::sync_threads();
-    if (step >= 2) {
-      if (step - 2 + kStages < count) {
-        copy_filters(step - 2 + kStages);
-        copy_pixels(step - 2 + kStages);
-      }
-      ptx::copy_async_commit();
-    }
-    const uint32_t stage = ring + step % kStages * stage_bytes(kPixels);
-    const uint64_t a = matrix_descriptor(stage), b = matrix_descriptor(stage + kFilters * kSwizzleRow);
+    ptx::barrier_wait(full + step % kStages * 8, step / kStages & 1);
+    ptx::sync_warp();
+    const uint32_t stage = ring + step % kStages * kStageBytes;
+    const uint64_t a = matrix_descriptor(stage), b = matrix_descriptor(stage + kFilterBytes);
     ptx::wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < kDepth / 16; ++k)
+    for (int k = 0; k < kLatencyDepth / 16; ++k)
       ptx::wgmma(sum, a + k * kDescriptorStep, b + k * kDescriptorStep, step > 0 || k > 0, T{});
     ptx::wgmma_commit();
+    // The stage of the step before is free when all four warps' products of it are done.
+    if (step > 0 && step - 1 + kStages < count) {
+      ptx::wgmma_wait<1>(sum);
+      ptx::sync_threads();
+      if (thread == 0) load_filters(step - 1 + kStages), load_pixels(step - 1 + kStages);
+    }
   }
-  ptx::copy_async_wait<0>();
   ptx::wgmma_wait<0>(sum);
   ptx::sync_threads();
 
-  // [pixel][filter], where the cluster can read it.
+  // [pixel][filter], in the ring's place, where the cluster can read it.
   float* tile = reinterpret_cast<float*>(memory);
 #pragma unroll
   for (int i = 0; i < kPixels / 2; ++i)
     tile[(i / 4 * 8 + lane % 4 * 2 + i % 2) * kTileStride + warp * 16 + i / 2 % 2 * 8 + lane / 4] = sum[i];
-  const int parts = p.tiles.splits;
   if (parts > 1) {
     ptx::sync_cluster();
   } else {
     ptx::sync_threads();
   }
 
-  const Epilogue epilogue{p.residual, p.scale, p.shift, p.out, p.act, p.act_param};
-  const bool aligned = shape.group_k() % V == 0;
-  const Range mine = part_of(kPixels, at.split, parts);
-  for (int item = mine.begin * (kFilters / V) + thread; item < mine.end * (kFilters / V); item += kThreads) {
-    const int m = item / (kFilters / V), n = item % (kFilters / V) * V;
-    const int filters = shape.group_k() - at.first_filter - n;
-    if (at.first_pixel + m >= shape.pixels() || filters <= 0) continue;
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    if (place[k] < 0) continue;
+    const int at_tile = (mine.begin + k * (kThreads * V / kFilters) + thread / (kFilters / V)) * kTileStride + filter;
     float total[V] = {};
+    // Parts in order, several on their way at once.
+#pragma unroll 4
     for (int part = 0; part < parts; ++part) {
 #pragma unroll
       for (int j = 0; j < V; j += 4) {
-        const int place = m * kTileStride + n + j;
-        const float4 four = parts == 1 ? *reinterpret_cast<const float4*>(tile + place)
-                                       : ptx::load_cluster(ptx::address_in(ring, part) + place * 4);
+        const float4 four = parts == 1 ? *reinterpret_cast<const float4*>(tile + at_tile + j)
+                                       : ptx::load_cluster(ptx::address_in(ring, part) + (at_tile + j) * 4);
         total[j] += four.x, total[j + 1] += four.y, total[j + 2] += four.z, total[j + 3] += four.w;
       }
     }
-    const int channel = at.group * shape.group_k() + at.first_filter + n;
-    finish<T, V>(epilogue, total, static_cast<int64_t>(at.first_pixel + m) * shape.k + channel, channel, filters,
-                 aligned);
+    if (!aligned) {
+      finish<T, V>(e, total, place[k], channel, filters, false);
+      continue;
+    }
+    Pack<T, V> y;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      float z = total[j] * scale[j] + shift[j];
+      if (e.residual) z += widen(residual[k].v[j]);
+      if (e.act > kRelu) {
+        z = activate(e.act, z, e.act_param);
+      } else if (e.act == kRelu) {
+        z = relu(z);
+      }
+      y.v[j] = narrow<T>(z);
+    }
+    store<T, V>(static_cast<T*>(e.out) + place[k], y);
   }
   // Nobody leaves while another block may still read its sums.
-  if (parts > 1) ptx::sync_cluster();
+  if (parts > 1) {
+    ptx::arrive_cluster_relaxed();
+    ptx::wait_cluster();
+  }
+}
+
+// The input pixels of a box of outputs at one tap: [channels of a group, groups, w, h, n].
+TensorMap pixels_map(Type type, const void* base, const ConvShape& v, const ConvBoxes& b) {
+  TensorMapFields f{type, 5, base};
+  const uint64_t size[] = {static_cast<uint64_t>(v.group_c()), static_cast<uint64_t>(v.groups),
+                           static_cast<uint64_t>(v.w), static_cast<uint64_t>(v.h), static_cast<uint64_t>(v.n)};
+  const uint64_t row = uint64_t{2} * v.c;
+  const uint64_t stride[] = {uint64_t{2} * v.group_c(), row, row * v.w, row * v.w * v.h};
+  const uint32_t box[] = {kLatencyDepth, 1, static_cast<uint32_t>(b.columns), static_cast<uint32_t>(b.rows),
+                          static_cast<uint32_t>(b.images)};
+  std::copy_n(size, 5, f.size), std::copy_n(stride, 4, f.stride), std::copy_n(box, 5, f.box);
+  f.step[2] = static_cast<uint8_t>(v.stride_w), f.step[3] = static_cast<uint8_t>(v.stride_h);
+  return make_tensor_map(f);
 }
 
 template <class T>
-Record typed(const LatencyConv& p) {
-  const ConvTiles& t = p.conv.tiles;
-  const Shape shape{dim3(static_cast<unsigned>(t.blocks())), kThreads,
-                    static_cast<unsigned>(latency_shared_bytes(t.block_m)), static_cast<unsigned>(t.splits)};
-  if (p.second)
-    return make_record(t.block_m == 32 ? sm90_conv_latency_kernel<T, 32, true> : sm90_conv_latency_kernel<T, 64, true>,
-                       shape, p, "sm90_conv_latency, dual");
-  return make_record(t.block_m == 32 ? sm90_conv_latency_kernel<T, 32, false> : sm90_conv_latency_kernel<T, 64, false>,
-                     shape, p, "sm90_conv_latency");
+Record typed(const Parameters& p, int pixels, unsigned shared, const char* name) {
+  const Shape shape{dim3(static_cast<unsigned>(p.boxes.blocks())), kThreads, shared,
+                    static_cast<unsigned>(p.boxes.parts)};
+  return make_record(pixels == 32 ? sm90_conv_latency_kernel<T, 32> : sm90_conv_latency_kernel<T, 64>, shape, p, name);
 }
 
 }  // namespace
 
-Record sm90_conv_latency_record(LatencyConv p, Type type, int pixels, int cluster) {
-  if (pixels != 32 && pixels != 64) throw std::invalid_argument("tile: 32 and 64 pixels are taken");
-  if (cluster != 1 && cluster != 2 && cluster != 4 && cluster != 8)
-    throw std::invalid_argument("cluster: 1, 2, 4 and 8 blocks are taken");
-  if (p.conv.shape.group_c() % 8 || (p.second && p.second_shape.c % 8)) throw std::invalid_argument("a group's channels must be a multiple of 8");
-  p.conv.tiles = ConvTiles::of(p.conv.shape, pixels, kFilters, cluster);
-  switch (type) {
-    case Type::kBf16: return typed<bf16>(p);
-    case Type::kFp16: return typed<fp16>(p);
-    default: throw std::invalid_argument("bfloat16 and float16 are taken");
+Record sm90_conv_latency_record(const LatencyConv& c, Type type, int images, int rows, int columns, int cluster) {
+  const ConvShape& v = c.conv.shape;
+  const auto refuse = [](bool wrong, const char* why) {
+    if (wrong) throw std::invalid_argument(why);
+  };
+  refuse(type != Type::kBf16 && type != Type::kFp16, "bfloat16 and float16 are taken");
+  refuse(cluster != 1 && cluster != 2 && cluster != 4 && cluster != 8, "cluster: 1, 2, 4 and 8 blocks are taken");
+  refuse(images < 1 || rows < 1 || columns < 1 || static_cast<int64_t>(images) * rows * columns > 64,
+         "a box has 1 to 64 pixels");
+  refuse(v.group_c() % 8 || (c.second && c.second_shape.c % 8), "a group's channels must be a multiple of 8");
+  for (const ConvShape* s : {&v, c.second ? &c.second_shape : &v}) {
+    refuse(s->stride_h > kMaxStride || s->stride_w > kMaxStride, "strides up to 8 are taken");
+    refuse(rows * s->stride_h > 256 || columns * s->stride_w > 256, "a box spans at most 256 rows and columns of the input");
   }
+  Parameters p{};
+  p.shape = v;
+  p.boxes = ConvBoxes::of(v, images, rows, columns, cluster);
+  refuse(p.boxes.blocks() >= int64_t{1} << 31, "more than 2^31 blocks");
+  p.epilogue = {c.conv.residual, c.conv.scale, c.conv.shift, c.conv.out, c.conv.act, c.conv.act_param};
+  p.x = pixels_map(type, c.conv.x, v, p.boxes);
+  int steps = v.r * v.s * static_cast<int>(ceil_div(v.group_c(), kLatencyDepth));
+  if (c.second) {
+    p.second = pixels_map(type, c.second, c.second_shape, p.boxes);
+    p.second_chunks = static_cast<int>(ceil_div(c.second_shape.c, kLatencyDepth));
+    p.second_stride_h = c.second_shape.stride_h, p.second_stride_w = c.second_shape.stride_w;
+    steps += p.second_chunks;
+  }
+  TensorMapFields weight{type, 2, c.conv.weight};
+  weight.size[0] = static_cast<uint64_t>(c.conv.weight_row), weight.size[1] = static_cast<uint64_t>(v.k);
+  weight.stride[0] = uint64_t{2} * static_cast<uint64_t>(c.conv.weight_row);
+  weight.box[0] = kLatencyDepth, weight.box[1] = kFilters;
+  p.weight = make_tensor_map(weight);
+
+  const int pixels = p.boxes.pixels() <= 32 ? 32 : 64;
+  const int stages = std::min<int>(stages_of(pixels), static_cast<int>(ceil_div(steps, cluster)));
+  p.barriers = static_cast<int>(round_up(std::max(stages * stage_bytes(pixels), tile_bytes(pixels)), 8));
+  const unsigned shared = static_cast<unsigned>(p.barriers + stages * 8);
+  const char* name = c.second ? "sm90_conv_latency, dual" : "sm90_conv_latency";
+  return type == Type::kBf16 ? typed<bf16>(p, pixels, shared, name) : typed<fp16>(p, pixels, shared, name);
 }
 
 }  // namespace fastres

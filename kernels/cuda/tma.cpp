@@ -43,7 +43,8 @@ TensorMap make_tensor_map(const TensorMapFields& f) {
   cuuint64_t size[5], stride[5];
   cuuint32_t box[5], step[5];
   for (int d = 0; d < f.rank; ++d) {
-    size[d] = f.size[d], box[d] = f.box[d], step[d] = 1;
+    // CUDA's box counts the elements between, too.
+    size[d] = f.size[d], box[d] = f.box[d] * f.step[d], step[d] = f.step[d];
     if (d) stride[d - 1] = f.stride[d - 1];
   }
   const auto type = f.type == Type::kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;

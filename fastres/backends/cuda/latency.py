@@ -5,13 +5,15 @@ cuda.sm90_conv_latency takes one; cuda.sm90_dual_latency adds a projection short
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from fastres.backends.cuda.base import CudaCandidate, ceil_div, scale_shift
-from fastres.backends.cuda.conv_bn_act import filter_rows, geometry, merge_groups, merged_groups
+from fastres.backends.cuda.conv_bn_act import geometry, merge_groups, merged_groups
 from fastres.graph.fold import LayerParameters
 from fastres.plan.candidate import Buffers, register
 from fastres.plan.pattern import CONV_BN_ACT, DUAL
@@ -19,31 +21,135 @@ from fastres.plan.problem import ConvSpec, Problem, Target
 from fastres.tuning.config import Config
 
 _MAX_BATCH = 16
-_STEP = 64  # elements of depth
+_MAX_STRIDE = 8  # that TMA steps by
+_STEP = 64  # channels a step
+_FILTERS = 64  # a block
 
 
 @dataclass(frozen=True)
 class LatencyConfig(Config):
-    """A block computes 64 filters by `pixels`; `cluster` blocks divide the depth among them."""
+    """A block computes 64 filters by a box of images x rows x columns output pixels (at most 64); `cluster` blocks
+    divide the depth among them."""
 
-    pixels: int
+    images: int
+    rows: int
+    columns: int
     cluster: int
 
+    @property
+    def box(self) -> list[int]:
+        return [self.images, self.rows, self.columns]
 
-def _configs(spec: ConvSpec, groups: int, steps: int, target: Target) -> tuple[LatencyConfig, ...]:
-    """By a model of the time, in clocks: waves of blocks (an SM holds one of 64 pixels, or two of 32), each
-    300 a step of depth, 2,000 for start and epilogue, 1,000 for the cluster. Unmeasured.
-    """
+
+@lru_cache(maxsize=4096)
+def taps_inside(
+    first: int, count: int, taps: int, stride: int, pad: int, dilation: int, extent: int
+) -> tuple[int, int]:
+    """As in kernels/cuda/conv_latency.h: the taps of an axis inside an image for one of `count` outputs."""
+    low = first * stride - pad
+    high = low + (count - 1) * stride
+    begin = ceil_div(-high, dilation) if high < 0 else 0
+    end = (extent - 1 - low) // dilation + 1 if low < extent else 0
+    return begin, max(begin, min(end, taps))
+
+
+def box_taps(spec: ConvSpec, axis: int, size: int) -> list[int]:
+    """How many taps of an axis (0: rows, 1: columns) each box needs, of boxes `size` long."""
+    outputs, extent = (spec.p, spec.q)[axis], (spec.h, spec.w)[axis]
+    rest = spec.kernel[axis], spec.stride[axis], spec.padding[axis], spec.dilation[axis], extent
+    return [
+        end - begin
+        for first in range(0, outputs, size)
+        for begin, end in [taps_inside(first, min(size, outputs - first), *rest)]
+    ]
+
+
+def _boxes(spec: ConvSpec, pixels: int) -> Iterator[tuple[int, int, int]]:
+    """Boxes of at most `pixels` outputs that divide an image evenly."""
+    for across in range(ceil_div(spec.q, pixels), spec.q + 1):
+        columns = ceil_div(spec.q, across)
+        for down in range(ceil_div(spec.p, pixels // columns), spec.p + 1):
+            rows = ceil_div(spec.p, down)
+            yield ceil_div(spec.n, ceil_div(spec.n, pixels // (rows * columns))), rows, columns
+
+
+def best_box(spec: ConvSpec, pixels: int, chunks: int, more: int) -> tuple[tuple[int, int, int], int, int]:
+    """(box, steps of all boxes, steps of the longest): the fewest steps, `chunks` a tap and `more` a box."""
+    best = None
+    for box in dict.fromkeys(_boxes(spec, pixels)):
+        images, rows, columns = box
+        down, across = box_taps(spec, 0, rows), box_taps(spec, 1, columns)
+        batches = ceil_div(spec.n, images)
+        total = batches * (sum(down) * sum(across) * chunks + len(down) * len(across) * more)
+        longest = max(down) * max(across) * chunks + more
+        rank = (total, longest, len(down) * len(across) * batches, -columns)
+        if best is None or rank < best[0]:
+            best = rank, (box, total, longest)
+    return best[1]
+
+
+def stage_bytes(pixels: int) -> int:
+    """A step in shared memory: 64 filters and the pixels, by 64 channels of 16 bits."""
+    return (_FILTERS + pixels) * _STEP * 2
+
+
+def max_stages(pixels: int) -> int:
+    """Steps in shared memory, so that two blocks fit an SM."""
+    return (113 * 1024 - 128) // stage_bytes(pixels)
+
+
+def _clocks(boxes: int, total: int, longest: int, pixels: int, cluster: int, tiles: int, sms: int) -> float:
+    """A model, not a measurement. An SM takes 48 bytes a clock from the L2, all together 24 an SM (5.5 TB/s); filters
+    count half, because they come while the layer in front still works. Products of 64 filters by 32 or 64 pixels
+    take 24 or 32 clocks for each 16 of depth; a wave of blocks 1,500 to start and store, a cluster's sums 500 and 30
+    a block."""
+    blocks = boxes * tiles * cluster
+    stage, stages = stage_bytes(pixels), min(max_stages(pixels), ceil_div(longest, cluster))
+    resident = max(1, min(4, 227 * 1024 // (stages * stage + 1024)))
+    share = ceil_div(blocks, sms)
+    steps = max(ceil_div(longest, cluster), share * total * tiles / blocks)
+    counted = stage - _FILTERS * _STEP
+    busy = max(steps * max(counted / 48, 96 if pixels == 32 else 128), total * tiles * counted / (24 * sms))
+    return 1500 * ceil_div(share, resident) + busy + (500 + 30 * cluster if cluster > 1 else 0)
+
+
+@lru_cache(maxsize=1024)
+def _configs(spec: ConvSpec, groups: int, more: int, sms: int) -> tuple[LatencyConfig, ...]:
+    """Boxes of 32 and 64 pixels, every size of cluster, in the order of `_clocks`. `more`: a shortcut's steps."""
+    chunks = ceil_div(spec.c // groups, _STEP)
+    tiles = ceil_div(spec.k // groups, _FILTERS) * groups
+    steps = chunks * spec.kernel[0] * spec.kernel[1] + more
     found = []
-    for pixels, resident in ((64, 1), (32, 2)):
-        tiles = ceil_div(spec.n * spec.p * spec.q, pixels) * ceil_div(spec.k // groups, 64) * groups
+    for pixels in (64, 32):
+        box, total, longest = best_box(spec, pixels, chunks, more)
+        images, rows, columns = box
+        boxes = ceil_div(spec.n, images) * ceil_div(spec.p, rows) * ceil_div(spec.q, columns)
+        width = 32 if images * rows * columns <= 32 else 64
         for cluster in (1, 2, 4, 8):
-            if cluster > steps:
-                break
-            waves = ceil_div(tiles * cluster, target.sms * resident)
-            clocks = waves * (2000 + 300 * ceil_div(steps, cluster)) + (1000 if cluster > 1 else 0)
-            found.append((clocks, LatencyConfig(pixels, cluster)))
-    return tuple(config for _, config in sorted(found, key=lambda pair: pair[0]))
+            if cluster <= steps:
+                clocks = _clocks(boxes, total, longest, width, cluster, tiles, sms)
+                found.append((clocks, LatencyConfig(*box, cluster)))
+    return tuple(dict.fromkeys(config for _, config in sorted(found, key=lambda pair: pair[0])))
+
+
+def latency_rows(weight: Tensor, dtype: torch.dtype, more: Tensor | None = None) -> Tensor:
+    """[K, C, R, S] (and a shortcut's [K, C2, 1, 1]) → [K, R * S * C' (+ C2)], C' = C padded with zeros to whole
+    steps."""
+    k, c, r, s = weight.shape
+    rows = weight.new_zeros(k, r * s, ceil_div(c, _STEP) * _STEP)
+    rows[:, :, :c] = weight.permute(0, 2, 3, 1).reshape(k, r * s, c)
+    parts = [rows.flatten(1)] + ([] if more is None else [more.flatten(1)])
+    return torch.cat(parts, 1).to(dtype)
+
+
+def _too_long(*specs: ConvSpec) -> str | None:
+    for spec in specs:
+        if max(spec.stride) > _MAX_STRIDE:
+            return f"takes strides up to {_MAX_STRIDE}, this is {max(spec.stride)}"
+        # a box is at most 64 long, and TMA's at most 256
+        if 64 * max(spec.stride) > 256 and max(spec.p, spec.q) > 32:
+            return f"stride {max(spec.stride)} over {max(spec.p, spec.q)} outputs"
+    return None
 
 
 class Sm90ConvLatency(CudaCandidate):
@@ -58,18 +164,17 @@ class Sm90ConvLatency(CudaCandidate):
             return f"for batches up to {_MAX_BATCH}, this is {spec.n}"
         if spec.c // spec.groups * merged_groups(spec) % 8:
             return f"{spec.c // spec.groups} channels a group do not fill 16 bytes"
-        return None
+        return _too_long(spec)
 
     def configs(self, problem: Problem, target: Target) -> Sequence[LatencyConfig]:
         spec = problem["conv"]
         groups = spec.groups // merged_groups(spec)
-        steps = ceil_div(spec.c // groups * spec.kernel[0] * spec.kernel[1], _STEP)
-        return _configs(spec, groups, steps, target)
+        return _configs(spec, groups, 0, target.sms)
 
     def prepare(self, problem: Problem, config: LatencyConfig, parameters: Mapping[str, LayerParameters]):
         spec, p = problem["conv"], parameters["conv"]
         weight = merge_groups(p.weight, spec.groups, merged_groups(spec))
-        return filter_rows(weight, problem.dtype), *scale_shift(p)
+        return latency_rows(weight, problem.dtype), *scale_shift(p)
 
     def bind(self, problem: Problem, config: LatencyConfig, buffers: Buffers, constants):
         spec = problem["conv"]
@@ -83,7 +188,7 @@ class Sm90ConvLatency(CudaCandidate):
             spec.act.param,
             None,
             [],
-            config.pixels,
+            config.box,
             config.cluster,
         )
         return self.launch(torch.ops.fastres_cuda.sm90_conv_latency, (buffers, constants), *args)
@@ -104,21 +209,16 @@ class Sm90DualLatency(CudaCandidate):
         for role, spec in (("shortcut", shortcut), ("expand", expand)):
             if spec.c % 8:
                 return f"the {role}'s {spec.c} channels do not fill 16 bytes"
-        return None
+        return _too_long(shortcut, expand)
 
     def configs(self, problem: Problem, target: Target) -> Sequence[LatencyConfig]:
-        steps = ceil_div(problem["expand"].c, _STEP) + ceil_div(problem["shortcut"].c, _STEP)
-        return _configs(problem["expand"], 1, steps, target)
+        return _configs(problem["expand"], 1, ceil_div(problem["shortcut"].c, _STEP), target.sms)
 
     def prepare(self, problem: Problem, config: LatencyConfig, parameters: Mapping[str, LayerParameters]):
         expand, shift = parameters["expand"].folded()
         shortcut, more = parameters["shortcut"].folded()
-        depth = expand.shape[1]
-        rows = expand.new_zeros(expand.shape[0], ceil_div(depth, _STEP) * _STEP + shortcut.shape[1])
-        rows[:, :depth] = expand.flatten(1)
-        rows[:, -shortcut.shape[1] :] = shortcut.flatten(1)
         shift = (shift + more).float()
-        return rows.to(problem.dtype), torch.ones_like(shift), shift
+        return latency_rows(expand, problem.dtype, shortcut), torch.ones_like(shift), shift
 
     def bind(self, problem: Problem, config: LatencyConfig, buffers: Buffers, constants):
         spec = problem["expand"]
@@ -132,7 +232,7 @@ class Sm90DualLatency(CudaCandidate):
             spec.act.param,
             buffers["shortcut.x"],
             list(problem["shortcut"].stride),
-            config.pixels,
+            config.box,
             config.cluster,
         )
         return self.launch(torch.ops.fastres_cuda.sm90_conv_latency, (buffers, constants), *args)

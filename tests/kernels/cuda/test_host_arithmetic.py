@@ -10,6 +10,7 @@ import torch
 from problems import network_problems, random_problems
 
 from fastres.backends.cuda.conv_bn_act import merged_groups
+from fastres.backends.cuda.latency import best_box
 from fastres.backends.cuda.sm90_conv_bn_act import TILES
 from fastres.plan.pattern import CONV_BN_ACT
 
@@ -63,6 +64,25 @@ def test_tiles_cover_every_output_and_all_of_the_depth_once(c):
         block_m, block_n = rng.choice(((64, 64), (128, 64), (128, 128), (64, 128), (64, 56), (64, 32)))
         splits = rng.randint(1, 7)
         assert c.check_tiles(_numbers(spec), block_m, block_n, splits, 32) == 0, (spec, block_m, splits)
+
+
+def test_boxes_hold_every_product_once_and_no_padding(c):
+    rng, box, total = random.Random(1), (ctypes.c_int * 3)(), ctypes.c_long()
+    skipped = 0
+    for spec in (*_random_specs(500), *_network_specs(32)):
+        groups = spec.groups // merged_groups(spec)
+        chunks = -(-(spec.c // groups) // 64)
+        pixels, more = rng.choice((32, 64)), rng.randint(0, 3)
+        (images, rows, columns), steps, longest = best_box(spec, pixels, chunks, more)
+        box[:] = images, rows, columns
+        assert 1 <= images * rows * columns <= pixels
+        boxes = -(-spec.n // images) * -(-spec.p // rows) * -(-spec.q // columns)
+        assert (
+            c.check_boxes(_numbers(spec, groups), box, rng.choice((1, 2, 4, 8)), ctypes.byref(total)) == 0
+        ), spec
+        assert total.value == steps - boxes * more and longest * boxes >= steps
+        skipped += boxes * chunks * spec.kernel[0] * spec.kernel[1] - total.value
+    assert skipped > 1000
 
 
 def test_parts_of_the_depth_differ_by_at_most_one(c):

@@ -1,11 +1,23 @@
 """sm90_conv_latency: wgmma with filters as M, depth divided in a cluster; in the emulator and on a Hopper."""
 
+import math
+import struct
+
+import emulated
 import pytest
 import torch
-from problems import H100, check_candidate, conv_problem, network_problems, problem_of
+from problems import H100, check_candidate, conv_problem, make_nodes, network_problems, problem_of
 
 from fastres.activation import RELU, Activation
-from fastres.backends.cuda.latency import LatencyConfig, Sm90ConvLatency, Sm90DualLatency
+from fastres.backends.cuda.latency import (
+    LatencyConfig,
+    Sm90ConvLatency,
+    Sm90DualLatency,
+    max_stages,
+    stage_bytes,
+)
+from fastres.graph.fold import LayerParameters
+from fastres.plan.candidate import Buffers
 from fastres.plan.pattern import CONV_BN_ACT, DUAL
 from fastres.plan.problem import ConvSpec
 
@@ -20,6 +32,8 @@ CASES = {
         1, 48, 7, 9, 48, 3, BF16, dilation=2, groups=12, act=Activation("silu")
     ),
     "more steps than stages": conv_problem(1, 136, 7, 7, 64, 3, BF16, residual=True, act=RELU),
+    "taps in the padding": conv_problem(4, 64, 7, 7, 64, 3, FP16, act=RELU),
+    "no tap inside": conv_problem(1, 8, 1, 1, 8, 1, BF16, padding=2, stride=2, residual=True),
 }
 
 
@@ -75,6 +89,12 @@ def test_layers_of_networks_on_a_gpu(name, batch):
             check_candidate(CANDIDATE, problem, config, "cuda", integers=index % 2 == 0)
 
 
+def _blocks(spec, config):
+    return math.prod(
+        -(-a // b) for a, b in zip((spec.n, spec.p, spec.q, spec.k), (*config.box, 64), strict=True)
+    )
+
+
 def test_small_batches_fill_the_gpu():
     """At batch 1 the chosen configs of ResNet-50's 14 x 14 and 7 x 7 layers give most SMs a block."""
     for problem in network_problems(CONV_BN_ACT, ("resnet50",), 1):
@@ -82,8 +102,37 @@ def test_small_batches_fill_the_gpu():
         if spec.p > 14 or CANDIDATE.accepts(problem, H100):
             continue
         config = CANDIDATE.configs(problem, H100)[0]
-        blocks = -(-spec.p * spec.q // config.pixels) * -(-spec.k // 64) * config.cluster
-        assert blocks >= 56, (problem, config)
+        assert _blocks(spec, config) * config.cluster >= 56, (problem, config)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_two_blocks_fit_an_sm(batch):
+    """The next layer's blocks wait beside this one's: shared memory of the records, of every config."""
+    emulated.library()
+    for problem in network_problems(CONV_BN_ACT, ("resnet50",), batch, size=64):
+        if CANDIDATE.accepts(problem, H100):
+            continue
+        spec = problem["conv"]
+        tensors = {name: _empty(problem.input_shape(name)) for name in problem.inputs}
+        tensors["conv"] = _empty(spec.y_shape)
+        parameters = {role: LayerParameters(node) for role, node in make_nodes(problem, "cpu").items()}
+        for config in CANDIDATE.configs(problem, H100):
+            constants = CANDIDATE.prepare(problem, config, parameters)
+            record = CANDIDATE.bind(problem, config, Buffers(tensors), constants).records
+            # magic, grid, block, cluster, shared memory: after the parameters and two pointers (launch.h)
+            *_, x, y, z, threads, cluster, shared = struct.unpack_from("<8I", record.numpy().tobytes(), 1420)
+            assert (y, z, threads, cluster) == (1, 1, 128, config.cluster)
+            assert x == _blocks(spec, config) * config.cluster
+            assert 2 * (shared + 1024) <= 228 * 1024
+            # no more than the steps fill, or the sums
+            pixels = 32 if math.prod(config.box) <= 32 else 64
+            steps = -(-spec.kernel[0] * spec.kernel[1] * -(-spec.c // 64) // config.cluster)
+            stages = min(steps, max_stages(pixels))
+            assert shared == max(stages * stage_bytes(pixels), pixels * 68 * 4) + 8 * stages
+
+
+def _empty(shape):
+    return torch.empty(shape, dtype=BF16).contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
@@ -93,11 +142,26 @@ def test_small_batches_fill_the_gpu():
         (conv_problem(1, 3, 8, 8, 64, 7, BF16), "do not fill 16 bytes"),
         (_dual(1, 64, 20, (4, 4), 1, 64, BF16), "do not fill 16 bytes"),
         (conv_problem(1, 64, 8, 8, 64, 1, torch.float32), "dtype"),
+        (conv_problem(1, 64, 99, 99, 64, 1, BF16, stride=9), "strides up to 8"),
+        (conv_problem(1, 64, 260, 8, 64, 1, BF16, stride=5), "stride 5 over 52 outputs"),
     ],
 )
 def test_what_it_cannot_do_is_refused_with_the_reason(problem, reason):
     candidate = CANDIDATE if problem.pattern == "conv_bn_act" else DUAL_CANDIDATE
     assert reason in candidate.accepts(problem, H100)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LatencyConfig(1, 8, 9, 1), "1 to 64 pixels"),
+        (LatencyConfig(0, 8, 8, 1), "box"),
+        (LatencyConfig(1, 8, 8, 2), "cluster is 2, expected 1 to 1"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(config, reason, device):
+    with pytest.raises(ValueError, match=reason):
+        check_candidate(CANDIDATE, CASES["1x1"], config, device)
 
 
 def test_other_architectures_are_refused():
@@ -107,4 +171,5 @@ def test_other_architectures_are_refused():
     assert CANDIDATE.accepts(problem, H100) is None
     assert "sm_90" in CANDIDATE.accepts(problem, replace(H100, arch="sm80"))
     assert "sm_90a" in CANDIDATE.accepts(problem, replace(H100, arch="sm100"))
-    assert LatencyConfig(64, 2).to_dict() == {"pixels": 64, "cluster": 2}
+    config = LatencyConfig(1, 8, 8, 2)
+    assert LatencyConfig.from_dict(config.to_dict()) == config

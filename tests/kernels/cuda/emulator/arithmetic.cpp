@@ -3,6 +3,7 @@
 #include <set>
 #include <vector>
 
+#include "conv_latency.h"
 #include "emulated_tma.h"
 #include "ptx_sm90.cuh"
 #include "sm90_conv.h"
@@ -89,6 +90,56 @@ EXPORT long check_tiles(const int* numbers, int block_m, int block_n, int splits
     for (int count : seen) wrong += count != 1;
   }
   return wrong + (static_cast<int64_t>(depth.size()) != tiles.tiles());
+}
+
+// Boxes cover every output once; a box's steps hold every product that is not zero once, and no tap that lies in the
+// padding for all of the box; its parts differ by at most one step. `total`: the steps of all boxes of one filter tile.
+EXPORT long check_boxes(const int* numbers, const int* box, int parts, long* total) {
+  const ConvShape v = shape_of(numbers);
+  const ConvBoxes boxes = ConvBoxes::of(v, box[0], box[1], box[2], parts);
+  const int chunks = static_cast<int>(ceil_div(v.group_c(), kLatencyDepth));
+  std::vector<int> covered(v.pixels() * v.groups * boxes.filter_tiles, 0);
+  long wrong = 0;
+  *total = 0;
+  for (int64_t block = 0; block < boxes.blocks(); ++block) {
+    const ConvBox at = ConvBox::of(boxes, static_cast<int>(block));
+    const Taps taps = Taps::of(v, boxes, at);
+    const Range range = part_of(taps.steps(), at.part, parts), first = part_of(taps.steps(), 0, parts);
+    wrong += std::abs(range.end - range.begin - first.end + first.begin) > 1;
+    if (at.part) continue;
+    int end = 0;
+    for (int part = 0; part < parts; ++part) {
+      const Range next = part_of(taps.steps(), part, parts);
+      wrong += next.begin != end;
+      end = next.end;
+    }
+    wrong += end != taps.steps();
+    std::map<std::tuple<int, int, int>, int> held;
+    for (int i = 0; i < taps.steps(); ++i) {
+      const Taps::Step step = taps.step(i);
+      ++held[{step.r, step.s, step.chunk}];
+    }
+    if (at.group == 0 && at.first_filter == 0) *total += taps.steps();
+    std::set<std::pair<int, int>> needed;
+    for (int m = 0; m < 64; ++m) {
+      const int64_t pixel = at.pixel(v, boxes, m);
+      wrong += m >= boxes.pixels() && pixel >= 0;
+      if (pixel < 0) continue;
+      ++covered[(pixel * v.groups + at.group) * boxes.filter_tiles + at.first_filter / kLatencyFilters];
+      const Window window = window_of(v, static_cast<int>(pixel));
+      for (int r = 0; r < v.r; ++r)
+        for (int s = 0; s < v.s; ++s)
+          if (Tap{r, s, 0}.valid(v, window.row, window.column)) needed.insert({r, s});
+    }
+    for (const auto& [r, s] : needed)
+      for (int chunk = 0; chunk < chunks; ++chunk) wrong += held[{r, s, chunk}] != 1;
+    // Only where windows step over the image may a tap be held that nobody needs.
+    const bool steps_over = v.stride_h > v.h || v.stride_w > v.w;
+    for (const auto& [place, count] : held)
+      wrong += count != 1 || (!steps_over && !needed.count({std::get<0>(place), std::get<1>(place)}));
+  }
+  for (int count : covered) wrong += count != 1;
+  return wrong;
 }
 
 EXPORT int swizzle_64_of(int row, int chunk) { return swizzle_64(row, chunk); }

@@ -132,6 +132,15 @@ inline uint32_t cluster_rank() { return static_cast<uint32_t>(self->block->rank)
 inline void sync_cluster() {
   emulator::meet(*self->block->whole_cluster, 0, "sync_cluster", nullptr, [](auto&) {});
 }
+inline void arrive_cluster_relaxed() {
+  emulator::Meeting& m = *self->block->whole_cluster;
+  self->cluster_phase = m.generation;
+  if (++m.arrived == m.size) m.arrived = 0, ++m.generation;
+}
+inline void wait_cluster() {
+  const emulator::Meeting& m = *self->block->whole_cluster;
+  emulator::wait_until("wait_cluster", [&] { return m.generation != self->cluster_phase; });
+}
 inline uint32_t address_in(uint32_t address, uint32_t rank) { return (rank + 1) << 24 | address; }
 inline float4 load_cluster(uint32_t address) {
   float4 v;
@@ -247,7 +256,8 @@ void for_box(Block* block, uint32_t at, const TensorMap* map, const BoxPlace& pl
   int64_t index[5] = {};
   for (;;) {
     f(swizzled(block->shared, block->shared_bytes, at + linear, 2),
-      element({c[0] + index[0], c[1] + index[1], c[2] + index[2], c[3] + index[3], c[4] + index[4]}));
+      element({c[0] + index[0], c[1] + index[1] * t.step[1], c[2] + index[2] * t.step[2], c[3] + index[3] * t.step[3],
+               c[4] + index[4] * t.step[4]}));
     linear += 2;
     int d = 0;
     while (d < t.rank && ++index[d] == t.box[d]) index[d++] = 0;
@@ -299,6 +309,9 @@ inline void load_im2col(uint32_t to, const TensorMap* map, uint32_t barrier, int
                         int offset_h) {
   if (offset_w < 0 || offset_w > 255 || offset_h < 0 || offset_h > 255) fail("TMA: im2col offset out of range");
   load_any(to, map, barrier, 4, {{c, w, h, n}, {offset_w, offset_h}}, only_here(), true);
+}
+inline void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int c0, int c1, int c2, int c3, int c4) {
+  load_any(to, map, barrier, 5, {{c0, c1, c2, c3, c4}}, only_here());
 }
 inline void store_any(const TensorMap* map, uint32_t from, int rank, std::array<int, 5> c) {
   if (unpack_tensor_map(*map).rank != rank) fail("TMA: the map has another rank");

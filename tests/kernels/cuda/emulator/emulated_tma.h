@@ -18,7 +18,10 @@ inline void check_tensor_map(const fastres::TensorMapFields& f) {
     need(f.stride[d] % 16 == 0 && f.stride[d] < uint64_t{1} << 40, "stride no multiple of 16");
   need(f.box[0] * 2 <= 128, "box wider than the swizzle");
   if (!im2col) {
-    for (int d = 0; d < f.rank; ++d) need(f.box[d] >= 1 && f.box[d] <= 256, "box");
+    for (int d = 0; d < f.rank; ++d) {
+      need(f.step[d] >= 1 && f.step[d] <= 8, "element stride");
+      need(f.box[d] >= 1 && f.box[d] * f.step[d] <= 256, "box");
+    }
     return;
   }
   need(f.rank == 4, "only [n, h, w, c] is emulated");

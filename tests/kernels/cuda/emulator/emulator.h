@@ -39,6 +39,7 @@ struct Thread {
   int lane = 0, warp = 0, linear = 0;
   Block* block = nullptr;
   bool done = false;
+  unsigned cluster_phase = 0;  // that it arrived in
   bool (*ready)(void*) = nullptr;
   void* argument = nullptr;
   const char* where = "";
