@@ -10,8 +10,8 @@ constexpr int kThreads = 128;
 
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads) any_max_pool_kernel(const __grid_constant__ MaxPool p) {
-  ptx::wait_for_predecessor();
   ptx::let_successor_start();
+  ptx::wait_for_predecessor();
   const int vectors = p.c / V;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (item >= p.pixels * vectors) return;

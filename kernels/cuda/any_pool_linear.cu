@@ -17,6 +17,7 @@ constexpr int kImages = 4;                           // pooled at once
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) any_pool_linear_kernel(const __grid_constant__ PoolLinear p) {
+  ptx::let_successor_start();
   constexpr int V = kPer16Bytes<T>;
   constexpr int kChannels = kPoolLanes * V;
   float* sums = reinterpret_cast<float*>(ptx::dynamic_shared());  // [kImages, kGroups, kChannels]
@@ -36,7 +37,6 @@ __global__ void __launch_bounds__(kThreads) any_pool_linear_kernel(const __grid_
       weight[i] = load<T, V>(static_cast<const T*>(p.weight) + static_cast<int64_t>(row) * p.c + channel);
   }
   ptx::wait_for_predecessor();
-  ptx::let_successor_start();
 
   for (int first = 0; first < p.n; first += kImages) {
     const int images = p.n - first < kImages ? p.n - first : kImages;

@@ -165,13 +165,12 @@ void run_records(const Tensor& records, int64_t device) {
   for (int64_t i = 0; i < count; ++i) FASTRES_CHECK(record[i].magic == kRecordMagic, "records[", i, "] is no record");
 #ifdef FASTRES_EMULATOR
   (void)device;
-  for (int64_t i = 0; i < count; ++i) launch(record[i], i > 0, nullptr);
+  launch(record, count, nullptr);
 #else
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(static_cast<int32_t>(device), &stream));
-  // The first one does not overlap with what stands before it in the stream: that may have written its weights.
-  for (int64_t i = 0; i < count; ++i) launch(record[i], i > 0, static_cast<cudaStream_t>(stream));
+  launch(record, count, static_cast<cudaStream_t>(stream));
 #endif
 }
 

@@ -89,10 +89,17 @@ inline void allow_overlap(Record& r) {
   check(cudaFuncGetAttributes(&attributes, r.function), r.name);
   r.programmatic = attributes.ptxVersion >= 90;
 #else
-  r.programmatic = 0;
+  r.programmatic = 1;
 #endif
 }
 
+// `count` records one after the other, each overlapping its start with the end of the one before it.
+//
+// Why this is safe. A block's griddepcontrol.wait returns when the grid before its own has ended and its writes are
+// visible. Every kernel waits in every thread before it ends, so that grid had seen the end of the one before it, and so
+// on down to the first, which does not overlap: after its wait, a kernel finds all earlier ones done, and may write where
+// any of them read. Before its wait it may run beside any number of them, so until then it reads constants alone (which
+// none of them writes) and writes nothing.
 #ifndef FASTRES_EMULATOR
 inline void launch(const Record& r, bool overlap, cudaStream_t stream) {
   cudaLaunchAttribute attributes[2];
@@ -115,11 +122,21 @@ inline void launch(const Record& r, bool overlap, cudaStream_t stream) {
   void* arguments[] = {const_cast<unsigned char*>(r.parameters)};
   check(cudaLaunchKernelExC(&config, r.function, arguments), r.name);
 }
-#else
-inline void launch(const Record& r, bool, void*) {
-  emulator::launch(r.function, r.invoke, r.parameters, dim3(r.grid[0], r.grid[1], r.grid[2]), dim3(r.block),
-                   r.shared_bytes, r.cluster);
+inline void launch(const Record* records, int64_t count, cudaStream_t stream) {
+  // The first may follow whatever wrote its constants.
+  for (int64_t i = 0; i < count; ++i) launch(records[i], i > 0, stream);
 }
+#else
+inline void launch(const Record* records, int64_t count, void*) {
+  std::vector<emulator::Call> row;
+  for (int64_t i = 0; i < count; ++i) {
+    const Record& r = records[i];
+    row.push_back({r.function, r.invoke, r.parameters, dim3(r.grid[0], r.grid[1], r.grid[2]), dim3(r.block),
+                   r.shared_bytes, r.cluster, i > 0 && r.programmatic});
+  }
+  emulator::launch(row);
+}
+inline void launch(const Record& r, bool, void* stream) { launch(&r, 1, stream); }
 #endif
 
 // Of the current device.

@@ -42,6 +42,7 @@ __global__ void __launch_bounds__(kBlockM / kWarpM * (kBlockN / kWarpN) * 32,
   static_assert(kBlockM % kRowsAtOnce == 0 && kBlockN % kRowsAtOnce == 0, "every thread copies the same share");
   constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
 
+  ptx::let_successor_start();
   unsigned char* memory = ptx::dynamic_shared();
   const uint32_t ring_a = ptx::shared_address(memory);
   const uint32_t ring_b = ring_a + kStages * kBlockM * kRowBytes;
@@ -109,7 +110,6 @@ __global__ void __launch_bounds__(kBlockM / kWarpM * (kBlockN / kWarpN) * 32,
   for (int i = 0; i < kStages - 1; ++i)
     if (i < count) copy_filters(i);
   ptx::wait_for_predecessor();
-  ptx::let_successor_start();
 #pragma unroll
   for (int i = 0; i < kStages - 1; ++i) {
     if (i < count) copy_pixels(i);

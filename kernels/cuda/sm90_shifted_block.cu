@@ -226,6 +226,7 @@ FASTRES_DEVICE void compute(const ShiftedBlock& p, unsigned char* memory, uint32
 template <class T, bool kReduce>
 __global__ void __launch_bounds__(kThreads, 1) sm90_shifted_block_kernel(const __grid_constant__ ShiftedBlock p) {
   constexpr BlockLayout kLayout = BlockLayout::of(kReduce);
+  ptx::let_successor_start();
   unsigned char* memory = ptx::dynamic_shared();
   const uint32_t base = ptx::shared_address(memory);
   const uint32_t weights_full = base + kLayout.barriers;
@@ -254,7 +255,6 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_shifted_block_kernel(const _
   // The weights were written long ago: they come while the kernel before this one is still at work.
   if (threadIdx.x == 0) load_weights<T, kReduce>(p, base, weights_full);
   ptx::wait_for_predecessor();
-  ptx::let_successor_start();
 
   if (warp < 4) {
     ptx::give_registers<kLoaderRegisters>();

@@ -75,3 +75,20 @@ def test_a_network_is_one_call(name, device):
     assert joined.records.numel() == RECORD_BYTES * len(launches)
     joined()
     assert torch.equal(last, step_by_step) and last.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("early", "overlap", "found"),
+    [
+        (-1, True, 114),
+        (0, True, 114),  # the first of a row has nobody to wait for
+        (1, True, 124),  # reads what its predecessor has yet to write
+        (2, True, 444),  # writes what the one before its predecessor has yet to read
+        (1, False, 114),
+        (2, False, 114),
+    ],
+)
+def test_the_emulator_shows_what_is_done_before_the_wait(early, overlap, found):
+    """Otherwise the test above could not fail where a kernel waits too late."""
+    emulated.schedule(0, 0)
+    assert emulated.library().emulator_overlap(early, overlap) == found

@@ -163,7 +163,11 @@ inline uint32_t round_tf32(uint32_t v) {
   return (v + 0x1000u) & ~0x1fffu;
 }
 
-inline void wait_for_predecessor() {}
-inline void let_successor_start() {}
+inline void wait_for_predecessor() {
+  emulator::wait_until("griddepcontrol.wait", [before = self->block->owner->before] { return !before || before->done(); });
+}
+inline void let_successor_start() {
+  if (!self->block->signalled) self->block->signalled = true, ++self->block->owner->signalled;
+}
 
 }  // namespace fastres::ptx

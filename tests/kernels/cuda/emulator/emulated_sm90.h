@@ -37,16 +37,17 @@ struct WgmmaIo {
   bool accumulate;
 };
 
+// The rows of the warps [begin, end) of the group.
 template <class T, int N>
-void perform_wgmma(Block* block, std::vector<void*> slot) {
+void perform_wgmma(Block* block, const std::vector<void*>& slot, int begin, int end) {
   const WgmmaIo& first = *static_cast<WgmmaIo*>(slot[0]);
   float a[64][16], b[N][16];
   for (int k = 0; k < 16; ++k) {
     for (int n = 0; n < N; ++n) b[n][k] = operand<T>(*block, first.b, n, k);
     if (!first.a_registers)
-      for (int m = 0; m < 64; ++m) a[m][k] = operand<T>(*block, first.a, m, k);
+      for (int m = begin * 16; m < end * 16; ++m) a[m][k] = operand<T>(*block, first.a, m, k);
   }
-  for (int thread = 0; thread < 128; ++thread) {
+  for (int thread = begin * 32; thread < end * 32; ++thread) {
     const WgmmaIo& io = *static_cast<WgmmaIo*>(slot[thread]);
     if (io.b != first.b || io.a != first.a || io.accumulate != first.accumulate) fail("wgmma: the threads disagree");
     const int lane = thread % 32, top = thread / 32 * 16 + lane / 4;
@@ -55,7 +56,7 @@ void perform_wgmma(Block* block, std::vector<void*> slot) {
         for (int h = 0; h < 2; ++h)
           a[top + i % 2 * 8][(lane % 4 + i / 2 * 4) * 2 + h] = half_of(io.a_registers[i], h, T{});
   }
-  for (int thread = 0; thread < 128; ++thread) {
+  for (int thread = begin * 32; thread < end * 32; ++thread) {
     const WgmmaIo& io = *static_cast<WgmmaIo*>(slot[thread]);
     const int lane = thread % 32, top = thread / 32 * 16 + lane / 4;
     for (int i = 0; i < N / 2; ++i) {
@@ -69,10 +70,10 @@ void perform_wgmma(Block* block, std::vector<void*> slot) {
 
 template <class T, int N>
 void wgmma_meet(WgmmaIo mine) {
-  emulator::Meeting& group = self->block->warpgroups[self->warp / 4];
+  const int group = self->warp / 4;
   // Registers of A and the arguments live in the caller's frame: what happens later works on copies of them.
-  emulator::meet(group, self->linear % 128, "wgmma", &mine, [&](auto& slot) {
-    if (!emulator::late_products) return perform_wgmma<T, N>(self->block, slot);
+  emulator::meet(self->block->warpgroups[group], self->linear % 128, "wgmma", &mine, [&](auto& slot) {
+    if (!emulator::late_products) return perform_wgmma<T, N>(self->block, slot, 0, 4);
     auto copies = std::make_shared<std::vector<std::pair<WgmmaIo, std::array<uint32_t, 4>>>>(128);
     std::vector<void*> later(128);
     for (int i = 0; i < 128; ++i) {
@@ -84,7 +85,10 @@ void wgmma_meet(WgmmaIo mine) {
       }
       later[i] = &io;
     }
-    group.open.push_back([copies, later, block = self->block] { perform_wgmma<T, N>(block, later); });
+    // Every warp's rows in its own time: one warp's wait says nothing of the others'.
+    for (int warp = 0; warp < 4; ++warp)
+      self->block->warps[group * 4 + warp].open.push_back(
+          [copies, later, warp, block = self->block] { perform_wgmma<T, N>(block, later, warp, warp + 1); });
   });
 }
 template <class T>
@@ -110,18 +114,18 @@ void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate, 
 
 inline void wgmma_fence() {}
 inline void wgmma_commit() {
-  emulator::Meeting& group = self->block->warpgroups[self->warp / 4];
-  emulator::meet(group, self->linear % 128, "wgmma_commit", nullptr, [&](auto&) {
-    group.groups.push_back(std::move(group.open));
-    group.open.clear();
+  emulator::Meeting& warp = self->block->warps[self->warp];
+  emulator::warp_meet("wgmma_commit", nullptr, [&](auto&) {
+    warp.groups.push_back(std::move(warp.open));
+    warp.open.clear();
   });
 }
 template <int kNewest, int kRegisters>
 void wgmma_wait(float (&)[kRegisters]) {
-  emulator::Meeting& group = self->block->warpgroups[self->warp / 4];
-  emulator::meet(group, self->linear % 128, "wgmma_wait", nullptr, [&](auto&) {
-    for (; group.groups.size() > kNewest; group.groups.pop_front())
-      for (auto& product : group.groups.front()) product();
+  emulator::Meeting& warp = self->block->warps[self->warp];
+  emulator::warp_meet("wgmma_wait", nullptr, [&](auto&) {
+    for (; warp.groups.size() > kNewest; warp.groups.pop_front())
+      for (auto& product : warp.groups.front()) product();
   });
 }
 inline void fence_async_shared() {}

@@ -45,14 +45,11 @@ bool late = false, late_products = false;
 namespace {
 
 constexpr size_t kStack = 64 << 10;
-constexpr int kConcurrent = 4;  // clusters in flight, so that work taken from a shared counter is really shared
+constexpr int kConcurrent = 4;  // clusters of a grid in flight, so that work taken from a shared counter is really shared
 
 unsigned seed = 0;
 std::mutex running;
 void* scheduler_stack = nullptr;
-const void* kernel = nullptr;
-const void* kernel_parameters = nullptr;
-void (*kernel_invoke)(const void*, const void*) = nullptr;
 std::vector<unsigned char*> free_stacks;
 
 unsigned char* take_stack() {
@@ -70,7 +67,8 @@ void leave() { fastres_emulator_switch(&self->stack_pointer, scheduler_stack); }
 
 void enter() {
   try {
-    kernel_invoke(kernel, kernel_parameters);
+    const Call& call = *self->block->owner->call;
+    call.invoke(call.function, call.parameters);
     for (auto& group : self->groups)
       for (auto& copy : group) copy.perform();
     for (auto& group : self->stores)
@@ -97,16 +95,19 @@ struct Cluster {
   std::vector<unsigned char*> stacks;
   std::vector<Thread*> order;
   size_t alive = 0;
+  Grid* owner() const { return blocks[0]->owner; }
 };
 
-std::unique_ptr<Cluster> make_cluster(dim3 grid, dim3 size, unsigned shared_bytes, unsigned cluster, size_t number,
-                                      std::mt19937& random) {
+std::unique_ptr<Cluster> make_cluster(Grid* owner, std::mt19937& random) {
+  const auto& [function, invoke, parameters, grid, size, shared_bytes, cluster, overlap] = *owner->call;
+  const size_t number = owner->next++;
   auto c = std::make_unique<Cluster>();
   const unsigned threads = size.x * size.y * size.z;
   c->barrier.size = cluster * threads;
   c->barrier.slot.resize(c->barrier.size);
   for (unsigned rank = 0; rank < cluster; ++rank) {
     auto b = std::make_unique<Block>();
+    b->owner = owner;
     const size_t linear = number * cluster + rank;
     b->index = dim3(linear % grid.x, linear / grid.x % grid.y, linear / grid.x / grid.y);
     b->grid = grid;
@@ -167,28 +168,33 @@ void fail(const std::string& message) {
 
 void yield() { leave(); }
 
-void launch(const void* function, void (*invoke)(const void*, const void*), const void* parameters, dim3 grid,
-            dim3 block, unsigned shared_bytes, unsigned cluster) {
+void launch(const std::vector<Call>& row) {
+  if (row.empty()) return;
   std::lock_guard<std::mutex> lock(running);
-  if (shared_bytes > 227 * 1024) throw std::runtime_error("emulated kernel: more than 227 KB of shared memory");
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
-    throw std::runtime_error("emulated kernel: invalid grid");
-  if (cluster > 8 || grid.x % cluster) throw std::runtime_error("emulated kernel: invalid cluster");
+  std::vector<Grid> grids(row.size());
+  for (size_t i = 0; i < row.size(); ++i) {
+    const auto& [function, invoke, parameters, grid, block, shared_bytes, cluster, overlap] = row[i];
+    if (shared_bytes > 227 * 1024) throw std::runtime_error("emulated kernel: more than 227 KB of shared memory");
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
+      throw std::runtime_error("emulated kernel: invalid grid");
+    if (cluster > 8 || grid.x % cluster) throw std::runtime_error("emulated kernel: invalid cluster");
+    grids[i].call = &row[i];
+    grids[i].blocks = size_t(grid.x) * grid.y * grid.z;
+    grids[i].before = i ? &grids[i - 1] : nullptr;
+  }
   Run state;
   run = &state;
-  kernel = function;
-  kernel_invoke = invoke;
-  kernel_parameters = parameters;
   std::mt19937 random(seed);
-  const size_t clusters = size_t(grid.x) * grid.y * grid.z / cluster;
-  size_t next = 0;
   std::vector<std::unique_ptr<Cluster>> live;
   const auto release = [&](Cluster& c) {
     free_stacks.insert(free_stacks.end(), c.stacks.begin(), c.stacks.end());
   };
-  while (state.error.empty() && (next < clusters || !live.empty())) {
-    while (live.size() < kConcurrent && next < clusters)
-      live.push_back(make_cluster(grid, block, shared_bytes, cluster, next++, random));
+  while (state.error.empty() && !grids.back().done()) {
+    for (Grid& g : grids)
+      for (; g.may_start() && g.next * g.call->cluster < g.blocks && g.live < kConcurrent; ++g.live)
+        live.push_back(make_cluster(&g, random));
+    // Successors first: what they do too early, they do before their predecessor.
+    std::stable_sort(live.begin(), live.end(), [](auto& a, auto& b) { return a->owner() > b->owner(); });
     bool moved = false;
     for (auto& c : live) {
       for (Thread* t : c->order) {
@@ -205,6 +211,10 @@ void launch(const void* function, void (*invoke)(const void*, const void*), cons
     for (size_t i = 0; i < live.size();) {
       if (live[i]->alive == 0) {
         for (; !state.pending.empty(); state.pending.pop_front()) state.pending.front()();
+        Grid& g = *live[i]->owner();
+        for (auto& b : live[i]->blocks) g.signalled += !b->signalled;
+        g.finished += live[i]->blocks.size();
+        --g.live;
         release(*live[i]);
         live.erase(live.begin() + i);
       } else {

@@ -3,7 +3,8 @@
 // Every CUDA thread is a fiber; blocks of a cluster run interleaved. A barrier, a warp-wide instruction or an mbarrier
 // wait hands over to the next fiber; if none can go on, that is a deadlock and is reported with the places waited at.
 // Copies (cp.async, TMA) and products (wgmma) each happen as early or as late as the programming model allows, as
-// emulator_configure says, so that a missing wait and a buffer reused too early both show as wrong numbers.
+// emulator_configure says, so that a missing wait and a buffer reused too early both show as wrong numbers. With
+// programmatic dependent launch a kernel's blocks start, and run up to their wait, before their predecessor's end.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -55,11 +56,31 @@ struct Meeting {
   unsigned generation = 0;
   const char* operation = nullptr;
   std::vector<void*> slot;
-  std::deque<std::vector<std::function<void()>>> groups;  // wgmma in flight, of a warpgroup
+  std::deque<std::vector<std::function<void()>>> groups;  // a warp's wgmma in flight
   std::vector<std::function<void()>> open;
 };
 
+// A kernel launch.
+struct Call {
+  const void* function;
+  void (*invoke)(const void*, const void*);
+  const void* parameters;
+  dim3 grid, block;
+  unsigned shared_bytes, cluster;
+  bool overlap;  // with the launch before it (programmatic stream serialization)
+};
+struct Grid {
+  const Call* call = nullptr;
+  Grid* before = nullptr;
+  size_t blocks = 0, next = 0, live = 0, finished = 0;  // next, live: clusters
+  size_t signalled = 0;  // blocks that have let the successor start, or ended
+  bool done() const { return finished == blocks; }
+  bool may_start() const { return !before || before->done() || (call->overlap && before->signalled == before->blocks); }
+};
+
 struct Block {
+  Grid* owner = nullptr;
+  bool signalled = false;
   dim3 index, grid, size;
   int rank = 0, cluster = 1;
   std::vector<unsigned char> memory;
@@ -84,8 +105,8 @@ extern bool late, late_products;
 
 [[noreturn]] void fail(const std::string& message);
 void yield();
-void launch(const void* function, void (*invoke)(const void*, const void*), const void* parameters, dim3 grid,
-            dim3 block, unsigned shared_bytes, unsigned cluster);
+// Runs the launches of a stream; returns when all are done.
+void launch(const std::vector<Call>& row);
 
 template <class Ready>
 void wait_until(const char* where, Ready ready) {
