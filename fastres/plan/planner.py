@@ -22,7 +22,8 @@ from fastres.plan.specs import Shapes, problem_of
 @dataclass(frozen=True)
 class Cost:
     """A candidate's time for a problem. `kind`: "measured" or "nearest" (tables), "now" (measured at this call),
-    "prototype" (an earlier form of the kernel was measured) or "estimate" (a guess that only ranks)."""
+    "prototype" (an earlier form of the kernel was measured) or "estimate" (a guess that only ranks, or a time measured
+    at a batch size more than eight times away)."""
 
     config: Any
     ms: float
@@ -31,6 +32,7 @@ class Cost:
 
 # what a guess must promise to be preferred to a measurement; unmeasured kernels are assumed at half of the roofline
 _DOUBT = 1.5
+_FAR = 8
 
 
 def _doubted(total: float, cost: Cost) -> float:
@@ -85,13 +87,16 @@ def table_cost(candidate: Candidate, problem: Problem, target: Target) -> Cost:
     configs = list(candidate.configs(problem, target))
     if entry is not None:
         wanted, ms = dict(entry.config), entry.ms
+        # carried over so far, it is a guess: small grids wait, large ones stream
+        far = max(entry.batch, problem.n) > _FAR * min(entry.batch, problem.n)
+        kind = "estimate" if far else entry.kind
         if entry.batch != problem.n:
             ms = max(ms, candidate.least_ms(problem, target))
         for config in configs:
             if _as_dict(config) == wanted:
-                return Cost(config, ms, entry.kind)
+                return Cost(config, ms, kind)
         if not wanted:
-            return Cost(configs[0], ms, entry.kind)
+            return Cost(configs[0], ms, kind)
     return estimated_cost(candidate, problem, target)
 
 

@@ -1,7 +1,8 @@
 """Candidates of the CUDA C++ kernels (kernels/cuda).
 
 None of them has been timed on a GPU yet. Their `estimate_ms` is therefore a deliberate overestimate: without
-a table entry the planner takes them only where nothing measured fits; `fastres tune` can find them faster.
+a table entry the planner takes them only where nothing measured fits; `fastres tune` can find them faster. The
+kernels of small batches, where nothing else was measured either, are estimated by their models.
 """
 
 from fastres.backends.cuda import (

@@ -12,7 +12,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fastres.backends.cuda.base import CudaCandidate, ceil_div, scale_shift
+from fastres.backends.cuda.base import STEP_MS, CudaCandidate, ceil_div, scale_shift
 from fastres.backends.cuda.conv_bn_act import geometry, merge_groups, merged_groups
 from fastres.graph.fold import LayerParameters
 from fastres.plan.candidate import Buffers, register
@@ -114,7 +114,7 @@ def _clocks(boxes: int, total: int, longest: int, pixels: int, cluster: int, til
 
 
 @lru_cache(maxsize=1024)
-def _configs(spec: ConvSpec, groups: int, more: int, sms: int) -> tuple[LatencyConfig, ...]:
+def _ranked(spec: ConvSpec, groups: int, more: int, sms: int) -> list[tuple[float, LatencyConfig]]:
     """Boxes of 32 and 64 pixels, every size of cluster, in the order of `_clocks`. `more`: a shortcut's steps."""
     chunks = ceil_div(spec.c // groups, _STEP)
     tiles = ceil_div(spec.k // groups, _FILTERS) * groups
@@ -129,7 +129,7 @@ def _configs(spec: ConvSpec, groups: int, more: int, sms: int) -> tuple[LatencyC
             if cluster <= steps:
                 clocks = _clocks(boxes, total, longest, width, cluster, tiles, sms)
                 found.append((clocks, LatencyConfig(*box, cluster)))
-    return tuple(dict.fromkeys(config for _, config in sorted(found, key=lambda pair: pair[0])))
+    return sorted(found, key=lambda pair: pair[0])
 
 
 def latency_rows(weight: Tensor, dtype: torch.dtype, more: Tensor | None = None) -> Tensor:
@@ -152,11 +152,27 @@ def _too_long(*specs: ConvSpec) -> str | None:
     return None
 
 
-class Sm90ConvLatency(CudaCandidate):
-    name = "cuda.sm90_conv_latency"
-    pattern = CONV_BN_ACT
+class _Latency(CudaCandidate):
     source = "kernels/cuda/sm90_conv_latency.cu"
     capability = 90
+
+    def ranked(self, problem: Problem, target: Target) -> list[tuple[float, LatencyConfig]]:
+        raise NotImplementedError
+
+    def configs(self, problem: Problem, target: Target) -> Sequence[LatencyConfig]:
+        return tuple(dict.fromkeys(config for _, config in self.ranked(problem, target)))
+
+    def estimate_ms(self, problem: Problem, target: Target) -> float:
+        """A step of the chain, the model's clocks at 1.755 GHz, and what the filters take from memory beyond the
+        2 us that the layer before hides."""
+        weights = sum(spec.weight_elements for _, spec in problem.layers) * problem.dtype.itemsize
+        hidden = max(0.0, 1e3 * weights / target.bandwidth - 0.002) if target.bandwidth else 0.0
+        return STEP_MS + self.ranked(problem, target)[0][0] / 1.755e6 + hidden
+
+
+class Sm90ConvLatency(_Latency):
+    name = "cuda.sm90_conv_latency"
+    pattern = CONV_BN_ACT
 
     def refuses(self, problem: Problem, target: Target) -> str | None:
         spec = problem["conv"]
@@ -166,10 +182,9 @@ class Sm90ConvLatency(CudaCandidate):
             return f"{spec.c // spec.groups} channels a group do not fill 16 bytes"
         return _too_long(spec)
 
-    def configs(self, problem: Problem, target: Target) -> Sequence[LatencyConfig]:
+    def ranked(self, problem: Problem, target: Target) -> list[tuple[float, LatencyConfig]]:
         spec = problem["conv"]
-        groups = spec.groups // merged_groups(spec)
-        return _configs(spec, groups, 0, target.sms)
+        return _ranked(spec, spec.groups // merged_groups(spec), 0, target.sms)
 
     def prepare(self, problem: Problem, config: LatencyConfig, parameters: Mapping[str, LayerParameters]):
         spec, p = problem["conv"], parameters["conv"]
@@ -194,13 +209,11 @@ class Sm90ConvLatency(CudaCandidate):
         return self.launch(torch.ops.fastres_cuda.sm90_conv_latency, (buffers, constants), *args)
 
 
-class Sm90DualLatency(CudaCandidate):
+class Sm90DualLatency(_Latency):
     """Two products with two BNs in one sum: the scales are folded into the weights, in fp32, rounded once."""
 
     name = "cuda.sm90_dual_latency"
     pattern = DUAL
-    source = "kernels/cuda/sm90_conv_latency.cu"
-    capability = 90
 
     def refuses(self, problem: Problem, target: Target) -> str | None:
         shortcut, expand = problem["shortcut"], problem["expand"]
@@ -211,8 +224,8 @@ class Sm90DualLatency(CudaCandidate):
                 return f"the {role}'s {spec.c} channels do not fill 16 bytes"
         return _too_long(shortcut, expand)
 
-    def configs(self, problem: Problem, target: Target) -> Sequence[LatencyConfig]:
-        return _configs(problem["expand"], 1, ceil_div(problem["shortcut"].c, _STEP), target.sms)
+    def ranked(self, problem: Problem, target: Target) -> list[tuple[float, LatencyConfig]]:
+        return _ranked(problem["expand"], 1, ceil_div(problem["shortcut"].c, _STEP), target.sms)
 
     def prepare(self, problem: Problem, config: LatencyConfig, parameters: Mapping[str, LayerParameters]):
         expand, shift = parameters["expand"].folded()

@@ -31,6 +31,9 @@ class AnyPoolLinear(CudaCandidate):
             return f"for batches up to {_MAX_BATCH}, this is {problem.n}"
         return None
 
+    def estimate_ms(self, problem: Problem, target: Target) -> float:
+        return self.estimate_in_chain(problem, target)
+
     def counters(self, problem: Problem, config: None) -> int:
         return ceil_div(problem["linear"].k, _ROWS)
 

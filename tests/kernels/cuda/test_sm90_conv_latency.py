@@ -1,13 +1,16 @@
 """sm90_conv_latency: wgmma with filters as M, depth divided in a cluster; in the emulator and on a Hopper."""
 
+import itertools
 import math
 import struct
 
 import emulated
 import pytest
 import torch
+import torchvision
 from problems import H100, check_candidate, conv_problem, make_nodes, network_problems, problem_of
 
+from fastres import backends
 from fastres.activation import RELU, Activation
 from fastres.backends.cuda.latency import (
     LatencyConfig,
@@ -16,10 +19,14 @@ from fastres.backends.cuda.latency import (
     max_stages,
     stage_bytes,
 )
+from fastres.graph.capture import capture
 from fastres.graph.fold import LayerParameters
 from fastres.plan.candidate import Buffers
 from fastres.plan.pattern import CONV_BN_ACT, DUAL
+from fastres.plan.planner import make_plan
 from fastres.plan.problem import ConvSpec
+from fastres.plan.specs import propagate
+from fastres.plan.target import on_paper
 
 CANDIDATE, DUAL_CANDIDATE = Sm90ConvLatency(), Sm90DualLatency()
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -173,3 +180,20 @@ def test_other_architectures_are_refused():
     assert "sm_90a" in CANDIDATE.accepts(problem, replace(H100, arch="sm100"))
     config = LatencyConfig(1, 8, 8, 2)
     assert LatencyConfig.from_dict(config.to_dict()) == config
+
+
+def test_a_plan_for_one_image_is_a_chain_of_records():
+    """Predictions decide where nothing was measured near this batch size: ResNet-50 on a Hopper, on paper."""
+    backends.load()
+    graph = capture(torchvision.models.resnet50().eval())
+    x = torch.empty(1, 3, 224, 224, device="meta", dtype=BF16)
+    plan = make_plan(graph, propagate(graph, (x,), BF16), BF16, on_paper("sm90"))
+    names = [segment.candidate.name for segment in plan.segments]
+    assert names.count("cuda.sm90_dual_latency") == 4 and names[-1] == "cuda.any_pool_linear"
+    calls = sum(1 for a, b in itertools.pairwise(["", *names]) if not (is_cuda(a) and is_cuda(b)))
+    # the stem, and all the rest in one call
+    assert calls <= 2 and sum(map(is_cuda, names)) >= 48
+
+
+def is_cuda(name):
+    return name.startswith("cuda.")
