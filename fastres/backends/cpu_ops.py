@@ -17,6 +17,9 @@ _SCHEMAS = """
 add_relu(Tensor a, Tensor b, Tensor(a!) out) -> ()
 add_relu_backward(Tensor grad, Tensor out, Tensor(a!) grad_in) -> ()
 bn_stats(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()
+bn_finalize(Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, \
+Tensor(b!)? running_var, float momentum, float eps, int count, Tensor(c!) invstd, Tensor(d!) scale, \
+Tensor(e!) shift) -> ()
 bn_act(Tensor x, Tensor? residual, Tensor scale, Tensor shift, int act, float act_param, Tensor(a!) out) -> ()
 bn_act_backward_reduce(Tensor grad, Tensor x, Tensor? residual, Tensor? out, Tensor mean, Tensor invstd, \
 Tensor? weight, Tensor? bias, int act, float act_param, Tensor(a!) sum_dy, Tensor(b!) sum_dy_xhat) -> ()
@@ -60,6 +63,27 @@ def add_relu_backward(grad: Tensor, out: Tensor, grad_in: Tensor) -> None:
 def bn_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
     """Mean and biased variance of each channel. Raises ValueError if a channel has no values."""
     _call(_ops.bn_stats.default, x, mean, var)
+
+
+def bn_finalize(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    count: int,
+    invstd: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+) -> None:
+    """invstd = 1 / sqrt(var + eps), scale = weight * invstd, shift = bias - mean * scale, and the running
+    statistics of any float dtype, moved by `momentum` towards the mean and the unbiased variance of `count`."""
+    running = running_mean, running_var
+    args = (mean, var, weight, bias, *running, momentum, eps, count, invstd, scale, shift)
+    _call(_ops.bn_finalize.default, *args)
 
 
 def bn_act(

@@ -234,13 +234,13 @@ class _Frozen(torch.autograd.Function):
 def _save(ctx, x, residual, weight, bias, mean, spread, out, eps, act, act_param) -> None:
     """Keep what backward reads and no more.
 
-    `spread` is invstd of the batch, or the given variance. ReLU's mask is in the output, which the next layer
-    keeps anyway; other activations compute z again. A frozen normalisation with a constant weight is linear
-    in
-    dz: then x is not kept at all.
+    `spread` is invstd of the batch, or the given variance. z is computed again where it costs no read beyond
+    that of x, so of ReLU without a residual too. With one, ReLU's mask is in the output, which the next layer
+    keeps anyway. A frozen normalisation with a constant weight is linear in dz: then x is not kept at all.
     """
-    recomputes = act not in (_RELU, _IDENTITY)
-    needs_x = ctx.batch_stats or recomputes or ctx.needs_input_grad[3]
+    smooth = act not in (_RELU, _IDENTITY)
+    needs_x = ctx.batch_stats or smooth or ctx.needs_input_grad[3]
+    recomputes = smooth or (act == _RELU and residual is None and needs_x)
     ctx.save_for_backward(
         x if needs_x else None,
         residual if recomputes else None,
@@ -248,7 +248,7 @@ def _save(ctx, x, residual, weight, bias, mean, spread, out, eps, act, act_param
         bias if recomputes else None,
         mean,
         spread,
-        out if act == _RELU else None,
+        out if act == _RELU and not recomputes else None,
     )
     ctx.eps, ctx.act, ctx.act_param = eps, act, act_param
 
@@ -261,7 +261,7 @@ def _gradients(ctx, grad: Tensor, wanted: tuple[bool, bool, bool, bool]) -> tupl
     invstd = spread if ctx.batch_stats else torch.rsqrt(spread.to(stat_dtype(grad)) + ctx.eps)
     through = ctx.act == _IDENTITY and wanted[1]
     mask = [wanted[0], wanted[1] and not through, wanted[2], wanted[3]]
-    grads = _backward(
+    grad_x, grad_residual, sums = _backward(
         grad,
         x,
         residual,
@@ -276,11 +276,13 @@ def _gradients(ctx, grad: Tensor, wanted: tuple[bool, bool, bool, bool]) -> tupl
         ctx.group,
         mask,
     )
-    grads = [g if m else None for g, m in zip(grads, mask, strict=True)]
-    if through:
-        grads[1] = grad
     # Half-precision weights get fp32 gradients here: autograd casts them to the dtype of the input.
-    return tuple(grads)
+    return (
+        grad_x if mask[0] else None,
+        grad if through else grad_residual if mask[1] else None,
+        sums[1] if mask[2] else None,
+        sums[0] if mask[3] else None,
+    )
 
 
 def _differentiable_gradients(ctx, grad: Tensor, wanted) -> tuple[Tensor | None, ...]:
@@ -304,7 +306,7 @@ def _differentiable_gradients(ctx, grad: Tensor, wanted) -> tuple[Tensor | None,
     else:
         z = F.batch_norm(leaf.to(dtype), mean.to(dtype), spread.to(dtype), *arguments, False, 0.0, ctx.eps)
     dz = grad
-    if ctx.act == _RELU:
+    if out is not None:
         dz = torch.ops.aten.threshold_backward(grad, out, 0)
     elif ctx.act != _IDENTITY:
         total = z if residual is None else z + residual
@@ -344,23 +346,21 @@ def _backward_impl(
     x = grad if x is None else layout
     grad_x = torch.empty_like(x) if wants_x or wants_residual else None
     grad_residual = torch.empty_like(x) if wants_residual else None
-    sums = mean.new_zeros(2, x.shape[1])
+    wants_sums = (wants_x and batch_stats) or wants_weight or wants_bias
+    sums = mean.new_empty(2, x.shape[1]) if wants_sums and x.numel() else mean.new_zeros(2, x.shape[1])
     shared = (grad, x, residual, out, mean, invstd)
     shared += (channel_vector(weight, mean.dtype), channel_vector(bias, mean.dtype), act, act_param)
-    if x.numel() and ((wants_x and batch_stats) or wants_weight or wants_bias):
+    if x.numel() and wants_sums:
         primitives.get("bn_act_backward_reduce", x)(*shared, *sums)
     means = (None, None)
     if wants_x and batch_stats:
         means = mean_over(group, sums, x.numel() // max(x.shape[1], 1))
     if x.numel() and grad_x is not None:
         primitives.get("bn_act_backward", x)(*shared, *means, grad_x, grad_residual)
-    sum_dy, sum_dy_xhat = sums
     return (
         grad_x if wants_x else x.new_empty(0),
         grad_residual if wants_residual else x.new_empty(0),
-        # Clones: results of an op may not share memory.
-        sum_dy_xhat.clone() if wants_weight else mean.new_empty(0),
-        sum_dy.clone() if wants_bias else mean.new_empty(0),
+        sums,
     )
 
 
@@ -370,7 +370,7 @@ def _backward_fake(
     layout = dense(next(t for t in (x, out, grad) if t is not None))
     return (
         *(torch.empty_like(layout) if m else layout.new_empty(0) for m in mask[:2]),
-        *(torch.empty_like(mean) if m else mean.new_empty(0) for m in mask[2:]),
+        mean.new_empty(2, layout.shape[1]),
     )
 
 
@@ -400,7 +400,7 @@ frozen = register(
 _backward = register(
     "bn_act_backward(Tensor grad, Tensor? x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
     "Tensor invstd, Tensor? out, bool batch_stats, int act, float act_param, str group, bool[4] mask) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
 )

@@ -70,8 +70,7 @@ struct Arguments {
   template <class F>
   void dispatch_act(const F& f) const {
     if (act == kRelu && out) return f(std::integral_constant<int64_t, kReluFromOut>{});
-    if (act == kIdentity) return f(std::integral_constant<int64_t, kIdentity>{});
-    f(std::integral_constant<int64_t, kAny>{});
+    dispatch_activation(act, f);
   }
 };
 
@@ -106,6 +105,10 @@ void reduce_rows(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc
           for (int64_t r = row; r < tile_stop; ++r)
             for (int u = 0; u < U; ++u) {
               const int64_t i = r * channels + c + u * W;
+              const int64_t next = i + chunks.tile * channels;
+              prefetch(in.grad + next, u);
+              prefetch(in.x + next, u);
+              if (kAct == kReluFromOut) prefetch(in.out + next, u);
               const V value = lanes.load(in.x + i);
               const V dz = in.template dz<kAct>(i, lanes, value, scale[u], shift[u]);
               dy[u] += dz;

@@ -1,6 +1,7 @@
-// Mean and biased variance per channel. Each tile is read twice (mean, then squares of the deviations from
-// it, with the first pass's rounding corrected), tiles and chunks are merged by Chan, Golub and LeVeque
-// (1983), in fp64.
+// Mean and biased variance per channel. A tile is summed as deviations from the mean of the tiles before it
+// (the first one from its own mean, for which it is read twice); tiles and chunks are merged by Chan, Golub
+// and LeVeque (1983), in fp64. However far a tile's mean is from that of those before it, the error of its
+// sum of squares is small against what this distance itself adds to the whole.
 #include "reduce.h"
 
 namespace fastres {
@@ -22,15 +23,22 @@ inline void merge(Moments to, Moments from, double count, double fresh, int64_t 
   }
 }
 
-// A tile's moments from its mean as first computed, and the sums of (x - mean) and (x - mean)^2.
+// A tile's moments from some number close to its mean, and the sums of (x - number) and (x - number)^2.
 template <class A>
-inline void moments_of(Moments to, const A* mean, const A* rest, const A* squares, double n,
+inline void moments_of(Moments to, const A* number, const A* rest, const A* squares, double n,
                        int64_t channels) {
   for (int64_t i = 0; i < channels; ++i) {
-    const double m = mean[i], correction = std::abs(m) <= std::numeric_limits<A>::max() ? rest[i] : 0;
+    const double m = number[i], correction = std::abs(m) <= std::numeric_limits<A>::max() ? rest[i] : 0;
     to.sum[i] = m * n + correction;
     to.m2[i] = squares[i] - correction * correction / n;
   }
+}
+
+// The mean of `count` numbers as what later ones are measured from; an infinity would swallow them.
+template <class A>
+inline A origin(double sum, double count) {
+  const A mean = static_cast<A>(sum / count);
+  return std::abs(mean) <= std::numeric_limits<A>::max() ? mean : A{0};
 }
 
 template <class T>
@@ -52,19 +60,28 @@ void stats_rows(const T* x, const Dense& d, Acc<T>* mean, Acc<T>* var) {
           constexpr int U = width();
           V m[U] = {}, rest[U] = {}, squares[U] = {};
           const T* tile = x + row * channels + c;
-          for (int64_t r = 0; r < n; ++r)
-            for (int u = 0; u < U; ++u) m[u] += lanes.load(tile + r * channels + u * W);
-          for (int u = 0; u < U; ++u) m[u] *= 1 / static_cast<A>(n);
+          const int64_t valid = std::min<int64_t>(U * W, channels - c);
+          double* to = partial.get() + chunk * channels + c;
+          if (row == first) {
+            for (int64_t r = 0; r < n; ++r)
+              for (int u = 0; u < U; ++u) m[u] += lanes.load(tile + r * channels + u * W);
+            for (int u = 0; u < U; ++u) m[u] *= 1 / static_cast<A>(n);
+          } else {
+            A before[U * W] = {};
+            for (int64_t i = 0; i < valid; ++i) before[i] = origin<A>(to[i], row - first);
+            for (int u = 0; u < U; ++u) m[u] = load(before + u * W);
+          }
           for (int64_t r = 0; r < n; ++r)
             for (int u = 0; u < U; ++u) {
-              const V delta = lanes.load(tile + r * channels + u * W) - m[u];
+              const T* at = tile + r * channels + u * W;
+              prefetch(at + chunks.tile * channels, u);
+              const V delta = lanes.load(at) - m[u];
               rest[u] += delta;
               squares[u] += delta * delta;
             }
           double sums[U * W], m2[U * W];
           moments_of(Moments{sums, m2}, lanes_of(m), lanes_of(rest), lanes_of(squares), n, U * W);
-          double* to = partial.get() + chunk * channels + c;
-          merge({to, to + part}, {sums, m2}, row - first, n, std::min<int64_t>(U * W, channels - c));
+          merge({to, to + part}, {sums, m2}, row - first, n, valid);
         });
       }
     }
@@ -101,8 +118,13 @@ void stats_planes(const T* x, const Dense& d, Acc<T>* mean, Acc<T>* var) {
           }
         };
         const auto total = [](const V(&v)[4]) { return sum<A>((v[0] + v[1]) + (v[2] + v[3])); };
-        each([&](int u, V v, auto) { parts[u] += v; });
-        const A m = total(parts) / static_cast<A>(size);
+        A m;
+        if (count > 0) {
+          m = origin<A>(sums, count);
+        } else {
+          each([&](int u, V v, auto) { parts[u] += v; });
+          m = total(parts) / static_cast<A>(size);
+        }
         each([&](int u, V v, auto lanes) {
           const V delta = keep<A>(v - m, lanes);
           rests[u] += delta;

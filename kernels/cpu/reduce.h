@@ -23,6 +23,12 @@ inline Chunks chunks_of(const Dense& d, int64_t element_bytes) {
   return {rows, tile, (d.rows() + rows - 1) / rows};
 }
 
+// Ask for the cache line of vector `u` of a block. Hardware does not foresee the walk down a block's rows.
+template <class T>
+inline void prefetch(const T* p, int u) {
+  if (u * kLanes<Acc<T>> * sizeof(T) % 64 == 0) __builtin_prefetch(p, 0, 2);
+}
+
 // f(width tag, first channel, lanes): all channels, several vectors at a time where there are enough.
 template <class A, class F>
 void for_channel_blocks(int64_t channels, const F& f) {
