@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import _C, Tensor
 
 from ..activation import KINDS, RELU, Activation, apply
 from . import primitives, torch_primitives
@@ -173,12 +173,16 @@ class _Train(torch.autograd.Function):
         x, residual, weight, bias, *_, eps, act, act_param, group = args
         out, mean, invstd = below(*args)
         ctx.mark_non_differentiable(mean, invstd)
+        # else every backward would fill two vectors with zeros for them
+        ctx.set_materialize_grads(False)
         ctx.batch_stats, ctx.group = True, group
         _save(ctx, x, residual, weight, bias, mean, invstd, out, eps, act, act_param)
         return out, mean, invstd
 
     @staticmethod
     def backward(ctx, grad, _mean, _invstd):
+        if grad is None:
+            return (None,) * 14
         return None, *_gradients(ctx, grad, ctx.needs_input_grad[1:5]), *[None] * 9
 
 
@@ -259,30 +263,17 @@ def _gradients(ctx, grad: Tensor, wanted: tuple[bool, bool, bool, bool]) -> tupl
     if torch.is_grad_enabled():
         return _differentiable_gradients(ctx, grad, wanted)
     invstd = spread if ctx.batch_stats else torch.rsqrt(spread.to(stat_dtype(grad)) + ctx.eps)
+    mean = mean if ctx.batch_stats else mean.to(invstd.dtype)
     through = ctx.act == _IDENTITY and wanted[1]
     mask = [wanted[0], wanted[1] and not through, wanted[2], wanted[3]]
-    grad_x, grad_residual, sums = _backward(
-        grad,
-        x,
-        residual,
-        weight,
-        bias,
-        mean.to(invstd.dtype),
-        invstd,
-        out,
-        ctx.batch_stats,
-        ctx.act,
-        ctx.act_param,
-        ctx.group,
-        mask,
-    )
+    constants = (ctx.batch_stats, ctx.act, ctx.act_param, ctx.group, mask)
+    with _C._AutoDispatchBelowAutograd():
+        grads = _backward(grad, x, residual, weight, bias, mean, invstd, out, *constants)
+    grads = [g if m else None for g, m in zip(grads, mask, strict=True)]
+    if through:
+        grads[1] = grad
     # Half-precision weights get fp32 gradients here: autograd casts them to the dtype of the input.
-    return (
-        grad_x if mask[0] else None,
-        grad if through else grad_residual if mask[1] else None,
-        sums[1] if mask[2] else None,
-        sums[0] if mask[3] else None,
-    )
+    return tuple(grads)
 
 
 def _differentiable_gradients(ctx, grad: Tensor, wanted) -> tuple[Tensor | None, ...]:
@@ -346,11 +337,12 @@ def _backward_impl(
     x = grad if x is None else layout
     grad_x = torch.empty_like(x) if wants_x or wants_residual else None
     grad_residual = torch.empty_like(x) if wants_residual else None
-    wants_sums = (wants_x and batch_stats) or wants_weight or wants_bias
-    sums = mean.new_empty(2, x.shape[1]) if wants_sums and x.numel() else mean.new_zeros(2, x.shape[1])
+    # Two tensors: results of an op may not share memory.
+    make = torch.empty_like if x.numel() else torch.zeros_like
+    sums = make(mean), make(mean)
     shared = (grad, x, residual, out, mean, invstd)
     shared += (channel_vector(weight, mean.dtype), channel_vector(bias, mean.dtype), act, act_param)
-    if x.numel() and wants_sums:
+    if x.numel() and ((wants_x and batch_stats) or wants_weight or wants_bias):
         primitives.get("bn_act_backward_reduce", x)(*shared, *sums)
     means = (None, None)
     if wants_x and batch_stats:
@@ -360,7 +352,8 @@ def _backward_impl(
     return (
         grad_x if wants_x else x.new_empty(0),
         grad_residual if wants_residual else x.new_empty(0),
-        sums,
+        sums[1] if wants_weight else mean.new_empty(0),
+        sums[0] if wants_bias else mean.new_empty(0),
     )
 
 
@@ -370,7 +363,7 @@ def _backward_fake(
     layout = dense(next(t for t in (x, out, grad) if t is not None))
     return (
         *(torch.empty_like(layout) if m else layout.new_empty(0) for m in mask[:2]),
-        mean.new_empty(2, layout.shape[1]),
+        *(torch.empty_like(mean) if m else mean.new_empty(0) for m in mask[2:]),
     )
 
 
@@ -400,7 +393,7 @@ frozen = register(
 _backward = register(
     "bn_act_backward(Tensor grad, Tensor? x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
     "Tensor invstd, Tensor? out, bool batch_stats, int act, float act_param, str group, bool[4] mask) "
-    "-> (Tensor, Tensor, Tensor)",
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward_impl,
     _backward_fake,
 )

@@ -74,12 +74,15 @@ class _ConvStats(torch.autograd.Function):
     def forward(ctx, below, x, weight, *geometry):
         out, mean, var = below(x, weight, *geometry)
         ctx.mark_non_differentiable(mean, var)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight)
         ctx.geometry = geometry
         return out, mean, var
 
     @staticmethod
     def backward(ctx, grad, _mean, _var):
+        if grad is None:
+            return (None,) * 7
         stride, padding, dilation, groups = ctx.geometry
         mask = [*ctx.needs_input_grad[1:3], False]
         grad = grad.contiguous(memory_format=torch.channels_last)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import _C
+from torch.autograd.graph import increment_version as count_versions
 
 LIB = torch.library.Library("fastres", "FRAGMENT")
 _DEVICES = ("CPU", "CUDA")
@@ -36,14 +37,30 @@ def register(
     name = schema[: schema.index("(")]
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.fastres, name).default
+    computes = _counting_versions(op, impl)
     for device in _DEVICES:
-        LIB.impl(name, impl, device)
+        LIB.impl(name, computes, device)
     torch.library.register_fake(f"fastres::{name}", fake, lib=LIB)
     LIB.impl(name, _on_autograd_key(op, autograd), "Autograd", with_keyset=True)
     if autocast is not None:
         for device in _DEVICES:
             LIB.impl(name, _on_autocast_key(op, autocast, device), f"Autocast{device}")
     return op
+
+
+def _counting_versions(op: torch._ops.OpOverload, impl: Callable) -> Callable:
+    """`impl` that counts a version of what it writes, whatever kernel wrote it: caches are keyed by versions."""
+    arguments = enumerate(op._schema.arguments)
+    written = [i for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+    if not written:
+        return impl
+
+    def counting(*args):
+        result = impl(*args)
+        count_versions([args[i] for i in written if args[i] is not None])
+        return result
+
+    return counting
 
 
 def _on_autograd_key(op: torch._ops.OpOverload, autograd: Callable | None) -> Callable:

@@ -39,10 +39,10 @@ def merge_over(group: str, mean: Tensor, var: Tensor, count: int) -> tuple[Tenso
     return mean, var, total
 
 
-def mean_over(group: str, sums: Tensor, count: int) -> Tensor:
-    """`sums` [2, C] divided by the count, over one process or a group of them."""
+def mean_over(group: str, sums: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Both `sums` [C] divided by the count, over one process or a group of them."""
     if not group:
-        return sums / count
-    total = torch.cat([sums.flatten(), sums.new_full((1,), count)])
+        return tuple(torch._foreach_div(sums, count))
+    total = torch.cat([*sums, sums[0].new_full((1,), count)])
     dist.all_reduce(total, group=dist.distributed_c10d._resolve_process_group(group))
-    return total[:-1].view_as(sums) / total[-1]
+    return tuple((total[:-1] / total[-1]).chunk(2))
