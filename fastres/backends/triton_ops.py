@@ -8,6 +8,7 @@ two-stage reductions comes from PyTorch's allocator. Nothing is checked here: th
 from __future__ import annotations
 
 import math
+import struct
 from functools import cache
 from typing import Any
 
@@ -22,6 +23,7 @@ _BLOCK = 2048  # elements a program of 4 warps: 16 a thread, two 16-byte loads i
 _PROGRAMS = (
     8 * 132
 )  # of a reduction: eight for each multiprocessor of an H100; fixed, so that bits do not vary
+_CHANNELS = 128  # a program, one each thread
 _WARPS = 4
 
 
@@ -53,6 +55,31 @@ def bn_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
         _bn_act.bn_stats_merge_kernel,
         programs,
         *(part[0], part[1], mean, var, s.m, s.c, chunk, chunks, block_j, block_c),
+    )
+
+
+def bn_finalize(
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    count: int,
+    invstd: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+) -> None:
+    """invstd, scale, shift and the running statistics of all channels in one launch."""
+    c = mean.numel()
+    _launch(
+        _bn_act.bn_finalize_kernel,
+        -(-c // _CHANNELS),
+        *(mean, var, _or(weight, mean), _or(bias, mean), _or(running_mean, mean), _or(running_var, mean)),
+        *(invstd, scale, shift, c, count, _bits(momentum), _bits(eps)),
+        *(weight is not None, bias is not None, running_mean is not None, _CHANNELS),
     )
 
 
@@ -168,6 +195,10 @@ def _merge(c: int, chunks: int) -> tuple[int, int, int]:
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """A kernel argument that is not read: any tensor of the right kind."""
     return other if tensor is None else tensor
+
+
+def _bits(value: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 def _pow2(value: int) -> int:

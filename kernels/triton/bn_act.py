@@ -97,6 +97,64 @@ def bn_stats_merge_kernel(
 
 
 @triton.jit
+def _double(bits):
+    """An fp64 number from its bits: a float argument arrives as fp32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def bn_finalize_kernel(
+    mean,
+    var,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    invstd,
+    scale,
+    shift,
+    C,
+    M,
+    momentum_bits,
+    eps_bits,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RUNNING: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """invstd = 1 / sqrt(var + eps), scale = weight * invstd, shift = bias - mean * scale, and the running
+    statistics, whose variance is unbiased: var * M / (M - 1)."""
+    o_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    ACC: tl.constexpr = mean.dtype.element_ty
+    b_mean = tl.load(mean + o_c, mask=m_c, other=0.0)
+    b_var = tl.load(var + o_c, mask=m_c, other=1.0)
+    spread = b_var + _double(eps_bits).to(ACC)
+    if ACC == tl.float32:
+        b_invstd = 1.0 / tl.sqrt_rn(spread)
+    else:
+        b_invstd = 1.0 / tl.sqrt(spread)
+    b_scale = b_invstd
+    if HAS_WEIGHT:
+        b_scale = tl.load(weight + o_c, mask=m_c, other=0.0).to(ACC) * b_invstd
+    b_shift = -b_mean * b_scale
+    if HAS_BIAS:
+        b_shift = tl.load(bias + o_c, mask=m_c, other=0.0).to(ACC) - b_mean * b_scale
+    tl.store(invstd + o_c, b_invstd, mask=m_c)
+    tl.store(scale + o_c, b_scale, mask=m_c)
+    tl.store(shift + o_c, b_shift, mask=m_c)
+    if HAS_RUNNING:
+        momentum = _double(momentum_bits).to(ACC)
+        unbiased = (M.to(tl.float64) / (M - 1).to(tl.float64)).to(ACC)
+        b_rm = tl.load(running_mean + o_c, mask=m_c, other=0.0).to(ACC)
+        b_rv = tl.load(running_var + o_c, mask=m_c, other=0.0).to(ACC)
+        b_rm += momentum * (b_mean - b_rm)
+        b_rv += momentum * (b_var * unbiased - b_rv)
+        tl.store(running_mean + o_c, b_rm.to(running_mean.dtype.element_ty), mask=m_c)
+        tl.store(running_var + o_c, b_rv.to(running_var.dtype.element_ty), mask=m_c)
+
+
+@triton.jit
 def bn_act_fwd_kernel(
     x,
     residual,

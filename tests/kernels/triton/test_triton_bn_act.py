@@ -8,6 +8,7 @@ from oracle import LAYOUTS, assert_close_to_oracle, assert_same_bits, guarded
 
 from fastres.activation import KINDS, Activation
 from fastres.backends import triton_ops
+from fastres.ops import torch_primitives
 
 SHAPES = [(2, 5, 4, 7), (2, 9, 3, 1), (1, 3, 1, 1), (6, 10), (2, 3, 2, 3, 4)]
 
@@ -55,6 +56,26 @@ def test_statistics(shape, dtype, layout, tiles, request):
     triton_ops.bn_stats(x, *again)
     assert_same_bits(mean, again[0])
     assert_same_bits(var, again[1])
+
+
+@pytest.mark.parametrize("running", [torch.float32, torch.float16, torch.float64, None])
+@pytest.mark.parametrize("affine", [True, False])
+def test_finalize_equals_pytorch(running, affine):
+    stat = torch.float64 if running == torch.float64 else torch.float32
+    c, count = 131, 49
+    mean, weight, bias = (torch.randn(c, dtype=stat) for _ in "mwb")
+    var = torch.rand(c, dtype=stat)
+    vectors = (mean, var, weight, bias) if affine else (mean, var, None, None)
+    states = [[None if running is None else torch.full((c,), v).to(running) for v in (0.25, 4)] for _ in "ab"]
+    results = [[guarded((c,), stat) for _ in "iss"] for _ in "ab"]
+    triton_ops.bn_finalize(*vectors, *states[0], 0.1, 1e-5, count, *(out for out, _ in results[0]))
+    torch_primitives.bn_finalize(*vectors, *states[1], 0.1, 1e-5, count, *(out for out, _ in results[1]))
+    for (got, check), (want, _) in zip(*results, strict=True):
+        check()
+        torch.testing.assert_close(got, want)
+    for got, want in zip(*states, strict=True):
+        if want is not None:
+            torch.testing.assert_close(got, want)
 
 
 def test_variance_of_a_large_offset_does_not_cancel(small_tiles):
