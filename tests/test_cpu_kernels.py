@@ -7,6 +7,7 @@ from oracle import LAYOUTS, assert_close_to_oracle, assert_same_bits, guarded, i
 
 from fastres import native
 from fastres.backends import cpu_ops
+from fastres.ops import torch_primitives
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Whole vectors, tails, one channel, one pixel, three channels, two and three dimensions, nothing.
@@ -471,3 +472,51 @@ def test_bad_input_is_refused_by_name(case):
     with pytest.raises(error, match=message):
         call()
     assert not X.any() and not C.any(), "something was written"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rising", [False, True])
+def test_variance_when_the_mean_wanders_far_between_and_within_tiles(layout, rising):
+    """Deviations are taken from the mean of what came before: a ramp, and a step up and back, move it most."""
+    rows = torch.arange(4 * 64 * 64, dtype=torch.float64)
+    level = rows * 0.01 if rising else 1000.0 * ((rows > 200) & (rows < 9000))
+    x = arrange(
+        (torch.randn(4, 64, 64, 3, dtype=torch.float64) + level.view(4, 64, 64, 1)).movedim(3, 1), layout
+    )
+    x = x.float()
+    mean, var = torch.empty(3), torch.empty(3)
+    cpu_ops.bn_stats(x, mean, var)
+    torch.testing.assert_close(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), x.double().var((0, 2, 3), correction=0), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("running", [torch.float32, torch.bfloat16, torch.float16, torch.float64, None])
+@pytest.mark.parametrize("affine", [True, False])
+def test_bn_finalize_equals_pytorch(running, affine):
+    stat = torch.float64 if running == torch.float64 else torch.float32
+    c, count = 37, 49
+    mean, weight, bias = (torch.randn(c, dtype=stat) for _ in "mwb")
+    var = torch.rand(c, dtype=stat)
+    vectors = (mean, var, weight, bias) if affine else (mean, var, None, None)
+    states = [[None if running is None else torch.full((c,), v).to(running) for v in (0.25, 4)] for _ in "ab"]
+    results = [[guarded((c,), stat) for _ in "iss"] for _ in "ab"]
+    cpu_ops.bn_finalize(*vectors, *states[0], 0.1, 1e-5, count, *(out for out, _ in results[0]))
+    torch_primitives.bn_finalize(*vectors, *states[1], 0.1, 1e-5, count, *(out for out, _ in results[1]))
+    for (got, check), (want, _) in zip(*results, strict=True):
+        check()
+        torch.testing.assert_close(got, want)
+    if running is not None:
+        torch.testing.assert_close(*states)
+
+
+def test_bn_finalize_refuses_what_does_not_fit():
+    v, narrow = torch.ones(3), torch.ones(3).half()
+    outs = [torch.ones(3) for _ in range(3)]
+    with pytest.raises(ValueError, match=r"var has the shape \[4\], expected \[3\]"):
+        cpu_ops.bn_finalize(v, torch.ones(4), None, None, None, None, 0.1, 1e-5, 9, *outs)
+    with pytest.raises(TypeError, match="weight is float16, expected float32"):
+        cpu_ops.bn_finalize(v, v, narrow, None, None, None, 0.1, 1e-5, 9, *outs)
+    with pytest.raises(ValueError, match="running_mean and running_var go together"):
+        cpu_ops.bn_finalize(v, v, None, None, v, None, 0.1, 1e-5, 9, *outs)
+    with pytest.raises(TypeError, match="running_var is float16, expected float32"):
+        cpu_ops.bn_finalize(v, v, None, None, torch.ones(3), narrow, 0.1, 1e-5, 9, *outs)

@@ -21,7 +21,7 @@ from torch import _C, Tensor
 
 from ..activation import KINDS, RELU, Activation, apply
 from . import primitives, torch_primitives
-from .library import register
+from .library import counting_versions, register, unwatched, without_autocast
 from .statistics import mean_over, merge_over, statistics_of
 from .tensors import IDENTITY as _IDENTITY
 from .tensors import RELU as _RELU
@@ -84,8 +84,14 @@ def bn_act(
     if training:
         mean, var = statistics or (None, None)
         name = group.group_name if group is not None and group.size() > 1 else ""
-        arguments = (x, residual, weight, bias, running_mean, running_var, mean, var, momentum, eps)
-        return _train(*arguments, act.code, act.param, name)[0]
+        tensors = (x, residual, weight, bias, running_mean, running_var, mean, var)
+        arguments = (*tensors, momentum, eps, act.code, act.param, name)
+        if not unwatched(*tensors):
+            return _train(*arguments)[0]
+        if not torch.is_autocast_enabled(x.device.type):
+            return _train_directly(*arguments)
+        with without_autocast():
+            return _train_directly(*_autocast(x.dtype, *arguments))
     if statistics is not None or group is not None:
         raise ValueError(
             "statistics, group: they belong to training, without it running_mean and running_var do"
@@ -165,6 +171,13 @@ def _train_fake(
     _check_train(x, residual, weight, bias, running_mean, running_var, mean, var, act, group)
     stat = x.new_empty(x.shape[1], dtype=stat_dtype(x))
     return torch.empty_like(dense(x)), stat, torch.empty_like(stat)
+
+
+def _train_directly(*args) -> Tensor:
+    """The op without the dispatcher, see `unwatched`."""
+    if torch.is_grad_enabled() and _C._any_requires_grad(*args[:8]):
+        return _Train.apply(_train_now, *args)[0]
+    return _train_now(*args)[0]
 
 
 class _Train(torch.autograd.Function):
@@ -267,8 +280,12 @@ def _gradients(ctx, grad: Tensor, wanted: tuple[bool, bool, bool, bool]) -> tupl
     through = ctx.act == _IDENTITY and wanted[1]
     mask = [wanted[0], wanted[1] and not through, wanted[2], wanted[3]]
     constants = (ctx.batch_stats, ctx.act, ctx.act_param, ctx.group, mask)
-    with _C._AutoDispatchBelowAutograd():
-        grads = _backward(grad, x, residual, weight, bias, mean, invstd, out, *constants)
+    tensors = (grad, x, residual, weight, bias, mean, invstd, out)
+    if unwatched(*tensors) and not torch.is_autocast_enabled(grad.device.type):
+        grads = _backward_impl(*tensors, *constants)
+    else:
+        with _C._AutoDispatchBelowAutograd():
+            grads = _backward(*tensors, *constants)
     grads = [g if m else None for g, m in zip(grads, mask, strict=True)]
     if through:
         grads[1] = grad
@@ -382,6 +399,7 @@ _train = register(
     autograd=_Train.apply,
     autocast=_autocast,
 )
+_train_now = counting_versions(_train, _train_impl)
 frozen = register(
     "bn_act_frozen(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
     "float eps, int act, float act_param) -> Tensor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,8 @@ from torch.autograd.graph import increment_version as count_versions
 
 LIB = torch.library.Library("fastres", "FRAGMENT")
 _DEVICES = ("CPU", "CUDA")
+_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+_AUTOCAST = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU) | _C.DispatchKeySet(_C.DispatchKey.AutocastCUDA)
 
 
 def register(
@@ -37,7 +40,7 @@ def register(
     name = schema[: schema.index("(")]
     LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.fastres, name).default
-    computes = _counting_versions(op, impl)
+    computes = counting_versions(op, impl)
     for device in _DEVICES:
         LIB.impl(name, computes, device)
     torch.library.register_fake(f"fastres::{name}", fake, lib=LIB)
@@ -48,7 +51,7 @@ def register(
     return op
 
 
-def _counting_versions(op: torch._ops.OpOverload, impl: Callable) -> Callable:
+def counting_versions(op: torch._ops.OpOverload, impl: Callable) -> Callable:
     """`impl` that counts a version of what it writes, whatever kernel wrote it: caches are keyed by versions."""
     arguments = enumerate(op._schema.arguments)
     written = [i for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
@@ -88,6 +91,27 @@ def _on_autocast_key(op: torch._ops.OpOverload, autocast: Callable, device: str)
             return op(*autocast(dtype, *args))
 
     return kernel
+
+
+def unwatched(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether an op may be computed without the dispatcher, because nobody would see the difference.
+
+    The dispatcher enters Python twice a call, which costs about as much as all else that the host does.
+    False for subclasses and meta tensors, under torch.compile, tracing, function transforms, dispatch and
+    function modes, and where a profiler wants the op's name. Autocast is the caller's affair.
+    """
+    if torch.compiler.is_compiling() or type(x) not in _ORDINARY or x.device.type not in ("cpu", "cuda"):
+        return False
+    if _C._len_torch_dispatch_stack() or _C._len_torch_function_stack():
+        return False
+    if _C._functorch.peek_interpreter_stack() is not None or _C._get_tracing_state() is not None:
+        return False
+    return not torch.autograd._profiler_enabled() and all(t is None or type(t) in _ORDINARY for t in others)
+
+
+def without_autocast() -> contextlib.AbstractContextManager:
+    """Inside, ops run in their inputs' dtypes, as they do below autocast's dispatch key."""
+    return _C._ExcludeDispatchKeyGuard(_AUTOCAST)
 
 
 def autocast_to(dtype: torch.dtype, t: torch.Tensor | None) -> torch.Tensor | None:

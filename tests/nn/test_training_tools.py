@@ -1,6 +1,7 @@
 """What surrounds a training loop: memory, autocast, GradScaler, checkpointing, EMA, fused optimizers."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -142,3 +143,41 @@ def test_inference_sees_the_weights_of_the_last_optimizer_step():
         with torch.no_grad():
             planned = model(x)
         torch.testing.assert_close(planned, model(x).detach(), rtol=1e-3, atol=1e-3)
+
+
+def _peak_bytes(step):
+    """The most that a step holds at once of what it allocates, by the allocator's own account."""
+    allocation = torch._C._profiler._EventType.Allocation
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as prof:
+        step()
+    events, todo = [], list(prof.profiler.kineto_results.experimental_event_tree())
+    while todo:
+        event = todo.pop()
+        todo += event.children
+        if event.typed[0] == allocation:
+            events.append((event.start_time_ns, event.typed[1].alloc_size))
+    held = list(itertools.accumulate(size for _, size in sorted(events)))
+    return max(held), held[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_step_takes_no_more_memory_than_eager(name, dtype):
+    x, target = torch.randn(8, 3, 64, 64).contiguous(memory_format=torch.channels_last), torch.arange(8)
+    peaks = []
+    for library in (ours, torchvision.models):
+        model = getattr(library, name)(num_classes=8).to(memory_format=torch.channels_last).train()
+
+        def step(model=model):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = nn.functional.cross_entropy(model(x).float(), target)
+            loss.backward()
+
+        peak, left = _peak_bytes(step)
+        # What is left are the gradients: the account is complete.
+        gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters())
+        assert gradients <= left <= 1.01 * gradients
+        peaks.append(peak)
+    assert peaks[0] <= peaks[1], peaks
