@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import fastres
 from benchmarks import engine, levels, results, shapes
 from benchmarks.case import Case, Subject
 from benchmarks.cli import RECORDED, app
@@ -17,9 +18,11 @@ from benchmarks.levels import LEVELS
 from benchmarks.providers import BASELINE, providers
 from benchmarks.providers.base import Provider
 from benchmarks.providers.eager import EagerChannelsLast, EagerNCHW, Folded
+from benchmarks.providers.ours import kernels_alone
 from benchmarks.results import COLUMNS, Row
 from benchmarks.scope import scope
 from fastres.bench.environment import environment
+from fastres.bench.verify import errors, oracle
 
 pytest.importorskip("torchvision")
 SCOPE = dataclasses.replace(scope("smoke", device="cpu", dtypes="fp32"), seconds=0.005, minutes=None)
@@ -153,6 +156,21 @@ def test_compilers_are_built_last_and_listed_in_their_place(case):
     rows = engine.measure(case, [Compiles(), EagerChannelsLast(), EagerNCHW()], SCOPE, on_step=steps.append)
     assert [row.provider for row in rows] == [BASELINE, "compiles", "eager NCHW"]
     assert steps == [engine.PREPARING, BASELINE, "eager NCHW", "compiles", engine.TIMING]
+
+
+def test_fastress_kernels_alone_are_right_and_copy_nothing_out(monkeypatch):
+    """What a GPU's kernel clock times, here on a CPU: two inputs, two outputs."""
+    found = levels.cases("fused", SCOPE)
+    subject = next(case for case in found if case.name.startswith("expand_reduce")).make()
+    plan = fastres.accelerate(subject.module, graphs="off")
+    with torch.no_grad():
+        call = kernels_alone(plan, subject.inputs)
+        monkeypatch.delattr("fastres.plan.context._own")  # what a call of the plan itself copies with
+        with pytest.raises(NameError, match="_own"):
+            plan(*subject.inputs)
+        other = tuple(x + 1 for x in subject.inputs)
+        assert errors(call(*other), oracle(subject.module, *other)).relative < 1e-5
+        assert errors(call(*subject.inputs), subject.reference()).relative < 1e-5
 
 
 def test_rates_follow_from_the_median_and_the_floor(case):
