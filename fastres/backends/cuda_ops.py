@@ -48,6 +48,9 @@ _SCHEMAS = (
     "sm90_shifted_block(Tensor x, Tensor conv_weight, Tensor conv, Tensor expand_weight, Tensor expand, "
     "Tensor? reduce_weight, Tensor? reduce, Tensor residual, Tensor out, Tensor? next, Tensor counter, "
     "Tensor(a!) record) -> ()",
+    # normalize: (factor, offset) by channel of uint8 images, [3, 2]; constants: (|scale|, shift), [64, 2].
+    "sm90_stem_pool(Tensor x, Tensor weight, Tensor constants, Tensor? normalize, Tensor out, int rows, "
+    "Tensor(a!) record) -> ()",
     "any_max_pool(Tensor x, Tensor out, int[] window, Tensor(a!) record) -> ()",
     "any_pool_linear(Tensor x, Tensor weight, Tensor? bias, Tensor out, Tensor workspace, Tensor counters, "
     "Tensor(a!) record) -> ()",

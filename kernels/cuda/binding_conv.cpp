@@ -56,17 +56,6 @@ void sm90_conv_latency(const Tensor& x, const Tensor& weight, const Tensor& scal
   });
 }
 
-// (scale, shift) by channel, [c, 2].
-const float* check_pairs(const Tensor& t, const Tensor& x, int64_t c, const char* name) {
-  check_same_device(t, x, name);
-  FASTRES_CHECK_TYPE(t.scalar_type() == ScalarType::Float, name, " is ", name_of(t.scalar_type()),
-                     ", expected float32");
-  check_shape(t, {c, 2}, name);
-  FASTRES_CHECK(t.is_contiguous() && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name,
-                " must be contiguous and 16-byte aligned");
-  return static_cast<const float*>(pointer(t));
-}
-
 void sm90_shifted_block(const Tensor& x, const Tensor& conv_weight, const Tensor& conv, const Tensor& expand_weight,
                         const Tensor& expand, const Optional& reduce_weight, const Optional& reduce,
                         const Tensor& residual, const Tensor& out, const Optional& next, const Tensor& counter,

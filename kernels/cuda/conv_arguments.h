@@ -68,6 +68,17 @@ inline ConvShape conv_shape(const Tensor& x, const Tensor& out, Ints geometry) {
   return v;
 }
 
+// Pairs of fp32 numbers by channel, [c, 2].
+inline const float* check_pairs(const Tensor& t, const Tensor& x, int64_t c, const char* name) {
+  check_same_device(t, x, name);
+  FASTRES_CHECK_TYPE(t.scalar_type() == ScalarType::Float, name, " is ", name_of(t.scalar_type()),
+                     ", expected float32");
+  check_shape(t, {c, 2}, name);
+  FASTRES_CHECK(t.is_contiguous() && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0, name,
+                " must be contiguous and 16-byte aligned");
+  return static_cast<const float*>(pointer(t));
+}
+
 // A matrix of x's type, [rows, columns].
 inline void check_matrix(const Tensor& t, const Tensor& x, int64_t rows, int64_t columns, const char* name) {
   check_same_device(t, x, name);

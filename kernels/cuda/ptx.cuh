@@ -31,7 +31,6 @@ FASTRES_DEVICE void sync_named(int barrier, int threads) {
 FASTRES_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 FASTRES_DEVICE double shuffle_xor(double v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 FASTRES_DEVICE int shuffle(int v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
-
 // Everything this thread wrote before is visible to whoever acquires the counter after.
 FASTRES_DEVICE int add_acquire_release(int* counter, int v) {
   int old;
@@ -86,6 +85,34 @@ FASTRES_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint
 FASTRES_DEVICE uint32_t round_tf32(uint32_t v) {
   uint32_t r;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(r) : "f"(__uint_as_float(v)));
+  return r;
+}
+
+// Maxima that NaN wins, of floats and of pairs of 16-bit numbers.
+FASTRES_DEVICE float max_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
+}
+FASTRES_DEVICE uint32_t max_nan(uint32_t a, uint32_t b, __nv_bfloat16) {
+  uint32_t r;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+FASTRES_DEVICE uint32_t max_nan(uint32_t a, uint32_t b, __half) {
+  uint32_t r;
+  asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+// ReLU of two floats, rounded, the first in the low half; NaN stays NaN.
+FASTRES_DEVICE uint32_t pack_relu(float low, float high, __nv_bfloat16) {
+  uint32_t r;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+  return r;
+}
+FASTRES_DEVICE uint32_t pack_relu(float low, float high, __half) {
+  uint32_t r;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
   return r;
 }
 

@@ -12,6 +12,15 @@ from fastres.backends.cuda import (
     pool_linear,
     shifted_block,
     sm90_conv_bn_act,
+    stem_pool,
 )
 
-__all__ = ["conv_bn_act", "latency", "max_pool", "pool_linear", "shifted_block", "sm90_conv_bn_act"]
+__all__ = [
+    "conv_bn_act",
+    "latency",
+    "max_pool",
+    "pool_linear",
+    "shifted_block",
+    "sm90_conv_bn_act",
+    "stem_pool",
+]

@@ -71,6 +71,16 @@ def test_hopper_convolution_has_every_tile_and_its_registers_fit_the_roles(built
     assert seen == {(dtype, str(m), str(n), general) for dtype, (m, n), general in wanted}
 
 
+def test_the_stem_has_every_source_of_rows_at_the_registers_that_its_roles_share_out(built):
+    found = [
+        (re.search(r"sm90_stem_pool_kernel<(\w+), .*?(\d)>", name).groups(), registers)
+        for name, *_, registers, _, _ in built[1]
+        if "sm90_stem_pool_kernel<" in name
+    ]
+    wanted = itertools.product(("__half", "__nv_bfloat16"), "012")
+    assert sorted(found) == [(kernel, 168) for kernel in sorted(wanted)]
+
+
 def test_tensor_core_kernels_fit_the_blocks_that_their_configs_count_on(built):
     from fastres.backends.cuda.conv_bn_act import resident_blocks
 

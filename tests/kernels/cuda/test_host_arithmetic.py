@@ -127,3 +127,14 @@ def test_hopper_tiles_and_loads_of_the_layers_of_networks(c, tile):
     for index, spec in enumerate(specs):
         second = (0, 64, 72)[index % 3]
         assert c.check_sm90_conv(_numbers(spec), second, *tile, 1 + index % 2, 23) == 0, spec
+
+
+def test_steps_of_the_stem_complete_every_row(c):
+    for h in (*range(1, 40), 223, 224, 225, 448):
+        for rows in {1, 2, 3, 5, -(-h // 8), -(-h // 4), 200}:
+            assert c.check_stem_rows(h, rows) == 0, (h, rows)
+
+
+def test_windows_of_the_stem_lie_where_lanes_look(c):
+    for column in range(4):
+        assert c.check_stem_columns(column) == 0, column

@@ -7,6 +7,7 @@
 #include "emulated_tma.h"
 #include "ptx_sm90.cuh"
 #include "sm90_conv.h"
+#include "stem_pool.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -217,5 +218,104 @@ EXPORT long check_sm90_conv(const int* numbers, int second_c, int filters, int p
       }
     }
   for (unsigned char count : covered) wrong += count != 1;
+  return wrong;
+}
+
+// --- sm90_stem_pool
+
+// Every step's products, walked as the kernel does: a convolution row that completes holds each of its filter rows
+// once, on the right input row, and every pooled row is finished from the three convolution rows that it covers.
+EXPORT long check_stem_rows(int h, int rows) {
+  StemPool p{};
+  p.h = h, p.p = (h + 1) / 2, p.pooled_h = (p.p + 1) / 2, p.rows = rows;
+  p.tiles_h = static_cast<int>(ceil_div(p.pooled_h, rows)), p.tiles_w = 2, p.tiles = 2 * p.tiles_h;
+  long wrong = 0;
+  std::vector<int> finished(p.pooled_h, 0);
+  for (int tile = 0; tile < p.tiles; tile += p.tiles_w) {
+    const StemTile at = StemTile::of(p, tile);
+    const StemPairs pairs = StemPairs::of(at, h);
+    wrong += at.n != 0 || at.column != 0 || pairs.count < 1;
+    std::multiset<std::pair<int, int>> slot[4];  // (input row, filter row)
+    std::set<int> best;
+    int loaded = 0;
+    for (int step = 0; step < stem_steps(at); ++step) {
+      const int pair = stem_pair(at, step);
+      if (pairs.has(pair)) {
+        ++loaded;
+        for (int s = 0; s < 4; ++s)
+          for (int depth = 0; depth < kStemDepth; depth += 24) {
+            const StemTap tap = StemTap::of((stem_first_block(step) + s) % kStemBlocks, depth + 1);
+            const int row = 2 * pair - 1 + depth / 24;
+            if (tap.row >= 0 && row >= 0 && row < h) slot[s].insert({row, tap.row});
+          }
+      }
+      const int complete = pair - 2;
+      auto& sum = slot[stem_slot(step, -2)];
+      if (step >= kStemFirstRow) {
+        if (complete >= 0 && complete < p.p) {
+          std::multiset<std::pair<int, int>> want;
+          for (int r = 0; r < 7; ++r)
+            if (const int row = 2 * complete - 3 + r; row >= 0 && row < h) want.insert({row, r});
+          wrong += sum != want;
+          best.insert(complete);
+        }
+        if (step % 2) {
+          if (step > kStemFirstRow) {
+            const int pooled = at.row + (step - kStemFirstRow) / 2 - 1;
+            std::set<int> want;
+            for (int y = 2 * pooled - 1; y <= 2 * pooled + 1; ++y)
+              if (y >= 0 && y < p.p) want.insert(y);
+            wrong += pooled >= at.row + at.rows || best != want;
+            ++finished[pooled];
+          }
+          best.clear();
+          if (complete >= 0 && complete < p.p) best.insert(complete);
+        }
+      }
+      sum.clear();
+    }
+    wrong += loaded != pairs.count;
+  }
+  for (int count : finished) wrong += count != 1;
+  return wrong;
+}
+
+// Where a lane finds its windows: the right columns, the right elements, no two words of one bank.
+EXPORT long check_stem_columns(int tile_column) {
+  long wrong = 0;
+  const int first = stem_first_element(tile_column * kStemColumns);
+  wrong += first % 2 != 0 || first * 2 % 16 != 0;
+  for (int warp = 0; warp < kStemWarps; ++warp) {
+    std::set<int> columns;
+    for (int upper = 0; upper < 2; ++upper) {
+      for (int word = 0; word < 12; word += 4) {
+        std::map<int, int> banks;
+        for (int lane = 0; lane < 32; ++lane) {
+          const int at = stem_word(warp, stem_column(lane / 4, upper)) + word + lane % 4;
+          const auto [bank, fresh] = banks.insert({at % 32, at});
+          wrong += !fresh && bank->second != at;
+        }
+      }
+      for (int group = 0; group < 8; ++group) {
+        const int c = stem_column(group, upper);
+        columns.insert(c);
+        // What a lane keeps, and what its partner gives it.
+        wrong += (group < 4) != (upper == 1) && c != 2 * group;
+        wrong += (group < 4) == (upper == 1) && c != 2 * (group ^ 4) + 1;
+        const int x = 2 * (tile_column * kStemColumns + warp * kStemWarpColumns) - 1 + c;
+        for (int depth = 0; depth < 24; ++depth) {
+          const int element = first + 2 * stem_word(warp, c) + depth;
+          const StemTap tap = StemTap::of(0, depth);
+          if (tap.element >= 0) wrong += element != 3 * (2 * x - 3) + tap.element;
+        }
+      }
+    }
+    wrong += columns.size() != 16 || *columns.begin() != 0 || *columns.rbegin() != 15;
+  }
+  for (int channel : {0, 1, 63})
+    for (int block = 0; block < kStemBlocks; ++block)
+      for (int depth = 0; depth < kStemDepth; ++depth)
+        if (const StemTap tap = StemTap::of(block, depth); tap.row >= 0)
+          wrong += stem_weight(channel, tap.row, tap.element) != (block * kStemChannels + channel) * kStemDepth + depth;
   return wrong;
 }

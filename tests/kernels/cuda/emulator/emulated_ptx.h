@@ -163,6 +163,23 @@ inline uint32_t round_tf32(uint32_t v) {
   return (v + 0x1000u) & ~0x1fffu;
 }
 
+inline float max_nan(float a, float b) { return a > b || a != a ? a : b; }
+template <class T>
+uint32_t pack_pair(float low, float high) {
+  const T pair[] = {static_cast<T>(low), static_cast<T>(high)};
+  uint32_t bits;
+  std::memcpy(&bits, pair, 4);
+  return bits;
+}
+template <class T>
+uint32_t max_nan(uint32_t a, uint32_t b, T) {
+  return pack_pair<T>(max_nan(half_of(a, 0, T{}), half_of(b, 0, T{})), max_nan(half_of(a, 1, T{}), half_of(b, 1, T{})));
+}
+template <class T>
+uint32_t pack_relu(float low, float high, T) {
+  return pack_pair<T>(max_nan(low, 0.f), max_nan(high, 0.f));
+}
+
 inline void wait_for_predecessor() {
   emulator::wait_until("griddepcontrol.wait", [before = self->block->owner->before] { return !before || before->done(); });
 }

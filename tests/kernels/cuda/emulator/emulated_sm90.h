@@ -107,9 +107,10 @@ template <class T>
 void wgmma(float (&d)[128], uint64_t a, uint64_t b, bool accumulate, T) {
   wgmma_meet<T, 256>({d, nullptr, a, b, accumulate});
 }
-template <class T>
-void wgmma(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate, T) {
-  wgmma_meet<T, 64>({d, a, 0, b, accumulate});
+// a: registers; N is twice the number of accumulators, whatever shapes the headers spell out.
+template <class T, int kRegisters>
+void wgmma(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b, bool accumulate, T) {
+  wgmma_meet<T, 2 * kRegisters>({d, a, 0, b, accumulate});
 }
 
 inline void wgmma_fence() {}
