@@ -217,12 +217,14 @@ class Machine:
     Attributes:
         written: data_ptr of a base tensor → how often each of its elements was stored by TMA.
         shared_bytes: shared memory of one block.
+        products: how many wgmmas were issued.
     """
 
     def __init__(self, kernel, grid: int, arguments: dict, num_warps: int, seed: int):
         self.random = random.Random(seed)
         self.grid, self.num_warps = grid, num_warps
         self.written: dict[int, torch.Tensor] = {}
+        self.products = 0
         self.tasks: list[Task] = []
         self.loads: list = []
         self.task: Task | None = None
@@ -497,6 +499,7 @@ def _fakes(machine: Machine) -> dict:
         machine.task.unfenced.clear()
 
     def product(a, b, acc, use_acc=True, is_async=False):
+        machine.products += 1
         machine.task.products.append(Product(a, b, acc, bool(use_acc)))
         return machine.task.products[-1]
 
