@@ -45,7 +45,7 @@ def machine(monkeypatch):
 
     def run(call):
         columns = call.arguments.get("columns", 1) if call.arguments.get("STATIONARY") else 1
-        persistent = "tiles" in call.arguments
+        persistent = "tiles" in call.arguments or "strips" in call.arguments
         grid = min(call.grid, max(control.blocks // columns, 1) * columns) if persistent else call.grid
         ran = Machine(call.kernel, grid, call.arguments, call.options["num_warps"], control.seed)
         control.runs.append((call, ran))
@@ -210,6 +210,16 @@ def test_halo_is_exact_on_whole_numbers(machine, residual, seed):
     problem = conv_problem(2, 64, 21, 19, 64, 3, BF16, act=RELU, residual=residual)
     for config in REGISTRY["hopper.halo"].configs(problem, H100):
         check(machine, "hopper.halo", problem, config)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize(("n", "h", "w"), [(2, 24, 19), (3, 8, 8), (1, 16, 30)])
+def test_halo_by_rows_is_exact_on_whole_numbers(machine, n, h, w, residual, seed):
+    machine.seed = 100 * seed
+    problem = conv_problem(n, 64, h, w, 64, 3, BF16, act=RELU, residual=residual)
+    for config in REGISTRY["hopper.halo_rows"].configs(problem, H100):
+        check(machine, "hopper.halo_rows", problem, config)
 
 
 def stem(n, h, w, dtype=BF16, u8=False):
