@@ -11,8 +11,6 @@ from pathlib import Path
 
 from fastres.bench.environment import Environment
 
-STATUSES = ("ok", "wrong", "failed", "skipped")
-
 
 @dataclass
 class Row:
@@ -90,10 +88,6 @@ class Results:
     rows: list[Row]
     environment: dict[str, str]
     path: Path | None = None
-
-    def where(self, **wanted: object) -> list[Row]:
-        """Rows whose attributes have these values."""
-        return [row for row in self.rows if all(getattr(row, k) == v for k, v in wanted.items())]
 
 
 @contextmanager

@@ -9,8 +9,6 @@ import torch
 from fastres.bench.models import load_model
 from fastres.plan.problem import dtype_from_name
 
-SIZES = ("smoke", "quick", "full")
-
 
 @dataclass(frozen=True)
 class Scope:

@@ -33,10 +33,6 @@ class Roofline:
         """The least time in milliseconds for moving `nbytes` and computing `flops`."""
         return 1e3 * max(nbytes / self.copy, flops / self.matmul)
 
-    def bound(self, nbytes: float, flops: float) -> str:
-        """Which of the two limits: "memory" or "compute"."""
-        return "memory" if nbytes / self.copy >= flops / self.matmul else "compute"
-
     @property
     def ridge(self) -> float:
         """The arithmetic intensity, in flops a byte, at which both limits are equal."""

@@ -50,11 +50,6 @@ class Timing:
         """The `q` quantile (0 to 1) of the samples, in milliseconds."""
         return quantile(self.samples, q)
 
-    @property
-    def noise(self) -> float:
-        """(p80 - p20) / median."""
-        return (self.p80 - self.p20) / self.median if self.median else 0.0
-
     def __str__(self) -> str:
         return f"{self.median:.4g} ms ({self.p20:.4g} to {self.p80:.4g}, n={self.n})"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,9 +103,3 @@ def _errors(out: Tensor, ref: Tensor) -> Errors:
 def allowed(eager: Errors, dtype: torch.dtype) -> float:
     """The relative error from which on an answer counts as wrong, given eager's own in the same dtype."""
     return max(ALLOWED_OVER_EAGER * eager.relative, 16 * torch.finfo(dtype).eps)
-
-
-def model_errors(model: nn.Module, call: Callable[..., Any], *inputs: Tensor) -> Errors:
-    """Errors of `call(*inputs)` against `model` in fp64."""
-    with torch.no_grad():
-        return errors(call(*inputs), oracle(model, *inputs))
