@@ -1,10 +1,13 @@
 """fastres: the fastest way to run a ResNet from PyTorch.
 
-Importing it compiles nothing, imports no Triton, touches no GPU and makes no folder: the public names are
-loaded on first use (PEP 562).
+Importing it registers the operators (`torch.ops.fastres`), so that exported and ahead-of-time compiled programs find
+them. It compiles nothing, imports no Triton, touches no GPU and makes no folder: the other public names are loaded on
+first use (PEP 562).
 """
 
 import importlib
+
+from fastres import ops as ops
 
 __version__ = "0.1.0"
 

@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import sys
+import tempfile
 import traceback
 
 import pytest
@@ -35,6 +36,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
         torch.set_num_threads(1)
+    elif "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        # Inductor's cache knows an operator by its name alone: another version's shapes would be taken for this one's.
+        folder = tempfile.TemporaryDirectory(prefix="fastres-inductor-", ignore_cleanup_errors=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

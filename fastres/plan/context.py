@@ -151,7 +151,8 @@ class Context:
     def run(self, inputs: tuple[Any, ...]) -> Any:
         """The graph's outputs for `inputs` (tensors of the shapes that the plan is for)."""
         self._set(inputs)
-        if self.graph is not None:
+        # the user's own capture takes the launches: a graph cannot be launched into another
+        if self.graph is not None and not torch.cuda.is_current_stream_capturing():
             self.graph.replay()
         else:
             self._execute(self.values)

@@ -128,7 +128,7 @@ def test_aot_inductor_package_runs_in_a_process_that_only_imported_fastres(expor
         torch.save((x, model(x)), data)
     script = f"""
         import torch
-        import fastres.ops
+        import fastres
         x, want = torch.load({data!r})
         model = torch._inductor.aoti_load_package({package!r})
         torch.testing.assert_close(model(x), want)
