@@ -7,6 +7,7 @@ launches a row of them in one call, each overlapping its start with the end of t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -189,6 +190,8 @@ def bn_act_backward(
 class RecordLaunch:
     """One C++ call that launches the kernels of `records`, in order, on the current stream.
 
+    A launch that CUDA refuses raises LaunchError. What is joined has one record each.
+
     Args:
         records: uint8 on the CPU, a multiple of RECORD_BYTES.
         device: index of the GPU.
@@ -200,13 +203,27 @@ class RecordLaunch:
         self._run = _ops.run_records.default
 
     def __call__(self) -> None:
-        self._run(self.records, self.device)
+        try:
+            self._run(self.records, self.device)
+        except RuntimeError as error:
+            text = str(error).splitlines()[0]
+            if (found := re.search(r"records\[(\d+)\] ", text)) is None:
+                raise
+            raise LaunchError(text[found.end() :], int(found[1])) from None
 
     @staticmethod
     def join(launches: Sequence[RecordLaunch]) -> RecordLaunch:
         """One launch that does what these do."""
         records = torch.cat([launch.records for launch in launches])
         return RecordLaunch(records, launches[0].device, [launch.keep for launch in launches])
+
+
+class LaunchError(RuntimeError):
+    """CUDA refused a launch. `index`: of its record, and so of the joined launch that it came from."""
+
+    def __init__(self, text: str, index: int) -> None:
+        super().__init__(text)
+        self.index = index
 
 
 def make_record(op: Callable, *args) -> Tensor:

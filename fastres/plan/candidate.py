@@ -19,7 +19,8 @@ from fastres.plan.problem import Problem, Target
 # Allocating candidates: `launch(*inputs)` takes tensors in the order of `problem.inputs` and returns one tensor, or a
 # tuple in the order of `problem.outputs`.
 # A launch may carry an attribute `join`, a function; consecutive launches with the same `join` are replaced by what
-# `join([launch, …])` returns: one callable that performs them all (one C++ call for a run of CUDA kernels).
+# `join([launch, …])` returns: one callable that performs them all (one C++ call for a run of CUDA kernels). If one of
+# them fails, the exception's `index` says which.
 Launch = Callable[..., Any]
 
 

@@ -160,7 +160,9 @@ class Bound:
         try:
             self.launch()
         except Exception as error:
-            raise CandidateFailed(self.segments[0], error) from error
+            # joined launches say which of them it was
+            failed = self.segments[getattr(error, "index", 0)]
+            raise CandidateFailed(failed, error) from error
 
 
 def join(steps: list[Step]) -> list[Step]:

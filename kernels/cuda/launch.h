@@ -123,15 +123,21 @@ inline void launch(const Record& r, bool overlap, cudaStream_t stream) {
   check(cudaLaunchKernelExC(&config, r.function, arguments), r.name);
 }
 inline void launch(const Record* records, int64_t count, cudaStream_t stream) {
-  // The first may follow whatever wrote its constants.
-  for (int64_t i = 0; i < count; ++i) launch(records[i], i > 0, stream);
+  for (int64_t i = 0; i < count; ++i) {
+    try {
+      // The first may follow whatever wrote its constants.
+      launch(records[i], i > 0, stream);
+    } catch (const std::runtime_error& e) {
+      throw std::runtime_error("records[" + std::to_string(i) + "] " + e.what());
+    }
+  }
 }
 #else
 inline void launch(const Record* records, int64_t count, void*) {
   std::vector<emulator::Call> row;
   for (int64_t i = 0; i < count; ++i) {
     const Record& r = records[i];
-    row.push_back({r.function, r.invoke, r.parameters, dim3(r.grid[0], r.grid[1], r.grid[2]), dim3(r.block),
+    row.push_back({r.name, r.function, r.invoke, r.parameters, dim3(r.grid[0], r.grid[1], r.grid[2]), dim3(r.block),
                    r.shared_bytes, r.cluster, i > 0 && r.programmatic});
   }
   emulator::launch(row);

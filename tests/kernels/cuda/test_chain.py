@@ -12,6 +12,9 @@ from fastres.backends import cuda  # noqa: F401  (registers the candidates)
 from fastres.backends.cuda_ops import RECORD_BYTES
 from fastres.graph.fold import LayerParameters
 from fastres.plan.candidate import REGISTRY, Buffers
+from fastres.plan.planner import Segment
+from fastres.plan.problem import PoolSpec
+from fastres.plan.steps import Bound, CandidateFailed
 
 # The shortest cover, and the kernels that a plan for batch 1 would have.
 ORDER = (
@@ -75,6 +78,26 @@ def test_a_network_is_one_call(name, device):
     assert joined.records.numel() == RECORD_BYTES * len(launches)
     joined()
     assert torch.equal(last, step_by_step) and last.isfinite().all()
+
+
+def test_a_refused_launch_of_a_row_names_its_kernel_and_its_segment(device):
+    if device == "cpu":
+        emulated.library()
+    candidate, window = REGISTRY["cuda.any_max_pool"], PoolSpec(1, 8, 4, 4, (2, 2), (2, 2))
+    problem = problem_of(candidate.pattern, torch.float32, pool=window)
+    tensors = {
+        name: torch.zeros(shape, device=device).to(memory_format=torch.channels_last)
+        for name, shape in (("pool.x", window.x_shape), ("pool", window.y_shape))
+    }
+    launches = [candidate.bind(problem, None, Buffers(tensors), None) for _ in range(3)]
+    # 300 KB of shared memory: the last number of the record's header (launch.h)
+    launches[1].records.view(torch.int32)[(1420 + 28) // 4] = 300 << 10
+    segments = [Segment((), candidate=candidate, problem=problem, reason=str(i)) for i in range(3)]
+    with pytest.raises(CandidateFailed, match="any_max_pool: ") as caught:
+        Bound(segments, launches[0].join(launches))([])
+    assert caught.value.segment.reason == "1"
+    if device == "cuda":
+        torch.cuda.synchronize()  # the error was the launch's own: the device is well
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ struct Cluster {
 };
 
 std::unique_ptr<Cluster> make_cluster(Grid* owner, std::mt19937& random) {
-  const auto& [function, invoke, parameters, grid, size, shared_bytes, cluster, overlap] = *owner->call;
+  const auto& [name, function, invoke, parameters, grid, size, shared_bytes, cluster, overlap] = *owner->call;
   const size_t number = owner->next++;
   auto c = std::make_unique<Cluster>();
   const unsigned threads = size.x * size.y * size.z;
@@ -173,11 +173,13 @@ void launch(const std::vector<Call>& row) {
   std::lock_guard<std::mutex> lock(running);
   std::vector<Grid> grids(row.size());
   for (size_t i = 0; i < row.size(); ++i) {
-    const auto& [function, invoke, parameters, grid, block, shared_bytes, cluster, overlap] = row[i];
-    if (shared_bytes > 227 * 1024) throw std::runtime_error("emulated kernel: more than 227 KB of shared memory");
-    if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
-      throw std::runtime_error("emulated kernel: invalid grid");
-    if (cluster > 8 || grid.x % cluster) throw std::runtime_error("emulated kernel: invalid cluster");
+    const auto& [name, function, invoke, parameters, grid, block, shared_bytes, cluster, overlap] = row[i];
+    const auto refuse = [&](bool wrong, const char* what) {
+      if (wrong) throw std::runtime_error("records[" + std::to_string(i) + "] " + name + ": emulated kernel: " + what);
+    };
+    refuse(shared_bytes > 227 * 1024, "more than 227 KB of shared memory");
+    refuse(grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535, "invalid grid");
+    refuse(cluster > 8 || grid.x % (cluster ? cluster : 1), "invalid cluster");
     grids[i].call = &row[i];
     grids[i].blocks = size_t(grid.x) * grid.y * grid.z;
     grids[i].before = i ? &grids[i - 1] : nullptr;

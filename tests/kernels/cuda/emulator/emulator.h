@@ -62,6 +62,7 @@ struct Meeting {
 
 // A kernel launch.
 struct Call {
+  const char* name;
   const void* function;
   void (*invoke)(const void*, const void*);
   const void* parameters;
