@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kBnThreads) bn_act_backward_kernel(const __gri
   if (row_in_block >= per_block || col >= p.cols) return;
   const int64_t step = static_cast<int64_t>(gridDim.x) * per_block;
   const bool batch_stats = p.mean_dy != nullptr;
-  const bool reads_x = p.x && (batch_stats || p.act > kRelu);
+  const bool reads_x = p.x && (batch_stats || recomputes(p));
   Backward<A> b[V];
   A mean_dy[V], slope[V];  // slope: of dx / scale against x - mean
   const auto constants = [&](int j, int64_t c) {
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kBnThreads) bn_act_backward_kernel(const __gri
       const int64_t i = ((row + u * step) * p.cols + col) * V;
       grad[u] = load<T, V>(static_cast<const T*>(p.grad) + i);
       x[u] = load_if<T, V>(p.x, reads_x, i);
-      out[u] = load_if<T, V>(p.saved_out, p.act == kRelu, i);
+      out[u] = load_if<T, V>(p.saved_out, reads_out(p), i);
       residual[u] = load_if<T, V>(p.residual, reads_residual(p), i);
     }
 #pragma unroll

@@ -50,17 +50,24 @@ struct Backward {
   }
 };
 
+// Whether act'(z) comes from z itself: ReLU's does where its output was not kept.
+FASTRES_DEVICE bool recomputes(const BnAct& p) { return p.act > kRelu || (p.act == kRelu && !p.saved_out); }
+
 template <bool kGeneral, class A>
 FASTRES_DEVICE A slope_times(const BnAct& p, A grad, A x, A residual, A saved_out, const Backward<A>& b) {
   if (p.act == kIdentity) return grad;
-  if (p.act == kRelu) return saved_out <= A(0) ? A(0) : grad;
+  if (p.act == kRelu) {
+    const A sign = p.saved_out ? saved_out : x * b.scale + b.shift + residual;
+    return sign <= A(0) ? A(0) : grad;
+  }
   if constexpr (kGeneral)
     return grad * activate_slope(p.act, x * b.scale + b.shift + residual, static_cast<A>(p.act_param));
   return grad;
 }
 
 // Whether a pass reads the tensor at all.
-FASTRES_DEVICE bool reads_residual(const BnAct& p) { return p.residual && p.act > kRelu; }
+FASTRES_DEVICE bool reads_residual(const BnAct& p) { return p.residual && recomputes(p); }
+FASTRES_DEVICE bool reads_out(const BnAct& p) { return p.saved_out && p.act == kRelu; }
 
 template <class T, int V>
 FASTRES_DEVICE Pack<T, V> load_if(const void* base, bool wanted, int64_t offset) {

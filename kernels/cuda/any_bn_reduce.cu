@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kBnThreads) bn_reduce_kernel(const __grid_cons
         for (int j = 0; j < V; ++j) item[j].add(widen(x.v[j]), inverse);
       } else {
         const Pack<T, V> grad = load<T, V>(static_cast<const T*>(p.grad) + offset);
-        const Pack<T, V> out = load_if<T, V>(p.saved_out, p.act == kRelu, offset);
+        const Pack<T, V> out = load_if<T, V>(p.saved_out, reads_out(p), offset);
         const Pack<T, V> residual = load_if<T, V>(p.residual, reads_residual(p), offset);
 #pragma unroll
         for (int j = 0; j < V; ++j) {

@@ -112,7 +112,7 @@ BnAct backward_view(const Tensor& grad, const Dense& d, const Optional& x, const
   check_channels(weight, grad, d.c, "weight");
   check_channels(bias, grad, d.c, "bias");
   check_act(act);
-  FASTRES_CHECK(act != 1 || out, "out is needed: ReLU's mask is read from it");
+  FASTRES_CHECK(act != 1 || out || x, "out or x is needed: ReLU's mask is read or computed from it");
   FASTRES_CHECK(act <= 1 || x, "x is needed: the activation's argument is computed from it");
   BnAct p = view(grad, d);
   p.act = static_cast<int>(act), p.act_param = act_param;

@@ -169,7 +169,9 @@ def test_backward(kind, dtype, layout, affine, tiles, request):
                 grad, x, residual, weight, bias, eps, act, train
             )
             mean, invstd = mean.to(_wide(dtype)), invstd.to(_wide(dtype))
-            out = out.to(dtype).contiguous(memory_format=LAYOUTS[layout]) if kind == "relu" else None
+            # As bn_act keeps it: without a residual ReLU's mask is computed from x.
+            keeps_out = kind == "relu" and with_residual
+            out = out.to(dtype).contiguous(memory_format=LAYOUTS[layout]) if keeps_out else None
             common = (grad, x, residual, out, mean, invstd, weight, bias, act.code, act.param)
             # dz = grad * act'(z): the roundings of z's terms reach act', whose slope is at most about 2.
             terms_z = 1 + xhat.abs() * (1 if weight is None else _per_channel(weight, x).abs())
