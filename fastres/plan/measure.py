@@ -57,10 +57,13 @@ class Measure:
 def bind_alone(
     candidate: Candidate, problem: Problem, config: Any, device: torch.device
 ) -> Callable[[], Any]:
-    """The candidate bound to buffers, inputs and parameters of its own (random); ready to be called and timed."""
+    """The candidate bound to buffers, inputs and parameters of its own (random); ready to be called and timed.
+
+    Inputs that it takes contiguous come so: that is how images are loaded."""
     with torch.inference_mode(False), torch.no_grad():
         constants = candidate.prepare(problem, config, random_parameters(problem, device))
-        inputs = {name: _random_input(problem, name, device) for name in problem.inputs}
+        planar = candidate.planar(problem)
+        inputs = {name: _random_input(problem, name, device, name in planar) for name in problem.inputs}
         if candidate.allocates:
             launch = candidate.bind(problem, config, Buffers({}), constants)
             arguments = tuple(inputs.values())
@@ -130,9 +133,9 @@ def _node(role: str, spec: Spec, dtype: torch.dtype, device: torch.device) -> No
             )
 
 
-def _random_input(problem: Problem, name: str, device: torch.device) -> Tensor:
+def _random_input(problem: Problem, name: str, device: torch.device, planar: bool) -> Tensor:
     shape, dtype = problem.input_shape(name), problem.input_dtype(name)
-    made = _empty(shape, dtype, device)
+    made = torch.empty(shape, dtype=dtype, device=device) if planar else _empty(shape, dtype, device)
     return made.random_(0, 256) if dtype == torch.uint8 else made.normal_()
 
 

@@ -116,6 +116,24 @@ def test_what_fails_or_refuses_is_not_written(registry, tmp_path):
     assert not list(tmp_path.rglob("*.json"))
 
 
+def test_inputs_are_contiguous_where_a_candidate_takes_them_so(registry, tmp_path):
+    seen = []
+
+    class Planar(Fake):
+        choices = (Work(1),)
+
+        def planar(self, problem):
+            return frozenset(problem.inputs) if self.name == "fake.planar" else frozenset()
+
+        def bind(self, *args):
+            return lambda x: seen.append((self.name, x.is_contiguous()))
+
+    for name in ("fake.planar", "fake.rows"):
+        registry.register(Planar(name))
+    run([problem()], tmp_path)
+    assert set(seen) == {("fake.planar", True), ("fake.rows", False)}
+
+
 def test_candidates_are_chosen_by_name_or_family(registry, tmp_path):
     for name in ("fake.a", "fake.b"):
         registry.register(Fake(name))
