@@ -114,7 +114,7 @@ def measure(
                 _require_device(case, row.reason)
         if trial is not None and calls:
             on_step(TIMING)
-            _time_all(trial, calls, rows, scope)
+            _time_all(trial, calls, rows, scope, deadline)
     _clean_up(case)
     return list(rows.values())
 
@@ -137,11 +137,11 @@ def _require_device(case: Case, reason: str) -> None:
             raise DeviceLost(reason) from None
 
 
-def _time_all(trial: Trial, calls: Calls, rows: dict[str, Row], scope: Scope) -> None:
+def _time_all(trial: Trial, calls: Calls, rows: dict[str, Row], scope: Scope, deadline: float | None) -> None:
     """Fill the rows of `calls`; who raises is taken out, and the others are timed without it."""
     while calls:
         try:
-            return _time(trial, calls, rows, scope)
+            return _time(trial, calls, rows, scope, deadline)
         except _Failed as failed:
             _fail(trial.case, rows, [failed.provider], str(failed))
             del calls[failed.provider]
@@ -155,7 +155,7 @@ def _fail(case: Case, rows: dict[str, Row], names: Sequence[str], reason: str) -
     _require_device(case, reason)
 
 
-def _time(trial: Trial, calls: Calls, rows: dict[str, Row], scope: Scope) -> None:
+def _time(trial: Trial, calls: Calls, rows: dict[str, Row], scope: Scope, deadline: float | None) -> None:
     case = trial.case
     seconds = scope.seconds * len(calls)
     if case.clock == "host":
@@ -170,7 +170,12 @@ def _time(trial: Trial, calls: Calls, rows: dict[str, Row], scope: Scope) -> Non
         rotating = {name: _rotating(trial, name, *given) for name, given in calls.items()}
         least = 3 if scope.size == "smoke" else 7
         timings = time_interleaved(
-            rotating, budget_s=seconds, warmup_s=0.1 * scope.seconds, min_rounds=least, device=case.device
+            rotating,
+            budget_s=seconds,
+            warmup_s=0.1 * scope.seconds,
+            min_rounds=least,
+            until=deadline,
+            device=case.device,
         )
     roof = roofline.measure(case.device, case.dtype)
     for name, timing in timings.items():

@@ -137,7 +137,7 @@ def speedups(run: Results) -> Figure | None:
         if network.endswith(" step"):
             line[0].set_ylabel("training step", fontsize=9)
     figure.supxlabel(
-        f"speed-up over {BASELINE} (more is better); whiskers: p20 to p80 of paired rounds", fontsize=10
+        f"speed-up over {BASELINE} (more is better)\nwhiskers: p20 to p80 of paired rounds", fontsize=10
     )
     figure.suptitle(machine(run), fontsize=10)
     return figure

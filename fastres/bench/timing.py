@@ -103,6 +103,7 @@ def time_interleaved(
     warmup_s: float = 0.3,
     min_rounds: int = 5,
     max_rounds: int = 200,
+    until: float | None = None,
     device: torch.device | str = "cpu",
     on_round: Callable[[int, int], None] | None = None,
 ) -> dict[str, Timing]:
@@ -113,6 +114,7 @@ def time_interleaved(
         rounds: number of rounds; None: as many as fit into `budget_s`, within [min_rounds, max_rounds].
         budget_s: seconds for the measured rounds of all competitors together.
         warmup_s: each competitor is called at least twice, and for this many seconds, before the first round.
+        until: `time.monotonic()` after which no round is begun, once there are three.
         device: "cpu", or a CUDA device whose work is timed with events, the host's waiting included.
         on_round: called with (done, total) after each round.
 
@@ -135,6 +137,8 @@ def time_interleaved(
     order = list(fns)
     with _no_gc():
         for i in range(rounds):
+            if until is not None and i >= 3 and time.monotonic() > until:
+                break
             for name in order:
                 samples[name].append(sample(fns[name], repeats[name]))
             order.append(order.pop(0))

@@ -75,6 +75,12 @@ def test_budget_bounds_the_rounds(work):
     assert time_interleaved(fns, budget_s=1e9, warmup_s=0.0, max_rounds=6)["a"].n == 6
 
 
+def test_no_round_begins_after_the_end_once_there_are_three(work):
+    over = timing_module.time.monotonic() - 1
+    assert time_interleaved({"x": work(1.0)}, rounds=9, warmup_s=0.0, until=over)["x"].n == 3
+    assert time_interleaved({"x": work(1.0)}, rounds=9, warmup_s=0.0, until=over + 1e6)["x"].n == 9
+
+
 def test_quantiles_are_numpys():
     assert quantile([4.0, 1.0, 3.0, 2.0], 0.5) == 2.5
     assert quantile([1.0], 0.99) == 1.0
