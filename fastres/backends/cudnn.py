@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastres.backends.reference import layer
 from fastres.graph.fold import LayerParameters
-from fastres.plan.candidate import Candidate, Work, register
+from fastres.plan.candidate import LAUNCH_MS, Candidate, Work, register
 from fastres.plan.pattern import CONV_BN_ACT, DUAL, STEM_POOL
 from fastres.plan.problem import ConvSpec, Problem, Target, dtype_name
 
@@ -152,12 +152,11 @@ class StemPool(CuDnn):
         return (StemConfig("depth", 16), *others) if can_rearrange(spec) else others
 
     def estimate_ms(self, problem: Problem, target: Target) -> float:
-        # the convolution's output is written and read, and the images are copied
+        # the convolution's output is written and read; the images are copied, and the pool is a launch of its own
         spec = problem["conv"]
         hidden = 2 * spec.n * spec.k * spec.p * spec.q * problem.dtype.itemsize
-        return super().estimate_ms(problem, target) + (
-            1e3 * hidden / target.bandwidth if target.bandwidth else 0.0
-        )
+        passes = 1e3 * hidden / target.bandwidth if target.bandwidth else 0.0
+        return super().estimate_ms(problem, target) + passes + 2 * LAUNCH_MS
 
     def prepare_key(self, problem: Problem, config):
         return problem.dtype, config

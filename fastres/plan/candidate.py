@@ -50,7 +50,7 @@ class Buffers:
 
 
 # a kernel in a CUDA graph costs about 1.1 us beside its work (measured on an H100)
-_LAUNCH_MS = 0.0011
+LAUNCH_MS = 0.0011
 
 
 @dataclass(frozen=True)
@@ -116,14 +116,14 @@ class Candidate:
 
     def least_ms(self, problem: Problem, target: Target) -> float:
         """Below this no time is believed that was not measured for this very problem."""
-        return max(target.floor_ms(problem) or 0.0, self.busiest_ms(problem, target)) + _LAUNCH_MS
+        return max(target.floor_ms(problem) or 0.0, self.busiest_ms(problem, target)) + LAUNCH_MS
 
     def estimate_ms(self, problem: Problem, target: Target) -> float:
         """A guess of the time where no table has one: it only has to rank candidates, and must not flatter them."""
         floor = target.floor_ms(problem)
         if floor is None:
             floor = 1e-9 * problem.flops + 1e-7 * problem.bytes
-        return max(floor, self.busiest_ms(problem, target)) / self.efficiency + _LAUNCH_MS
+        return max(floor, self.busiest_ms(problem, target)) / self.efficiency + LAUNCH_MS
 
     def planar(self, problem: Problem) -> frozenset[str]:
         """Names of inputs that it reads contiguous ([N, C, H, W] in memory) as well as channels_last: what comes from

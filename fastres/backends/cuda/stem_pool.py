@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastres.activation import RELU
-from fastres.backends.cuda.base import CudaCandidate, ceil_div, scale_shift
+from fastres.backends.cuda.base import STEP_MS, CudaCandidate, ceil_div, scale_shift
 from fastres.graph.fold import LayerParameters
 from fastres.plan.candidate import Buffers, register
 from fastres.plan.pattern import STEM_POOL
@@ -18,6 +18,7 @@ from fastres.tuning.config import Config
 
 _CHANNELS, _COLUMNS = 64, 56  # kStemChannels, kStemColumns of stem_pool.h
 _BLOCKS, _DEPTH = 4, 48  # kStemBlocks, kStemDepth
+_SMALL_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,10 @@ class StemPoolConfig(Config):
     rows: int
 
 
-def configs(problem: Problem, target: Target) -> tuple[StemPoolConfig, ...]:
-    """By a model of the time, in clocks: rounds of tiles on the SMs, each 768 a step (six products 64 x 256 x 16 of 128
-    clocks) with two steps a pooled row and four more a tile, and 1,500 for its start and end. Unmeasured.
+def ranked(problem: Problem, target: Target) -> list[tuple[int, int]]:
+    """(clocks, rows), best first, by a model of the time: rounds of tiles on the SMs, each 768 a step (six products
+    64 x 256 x 16 of 128 clocks) with two steps a pooled row and four more a tile, and 1,500 for its start and end.
+    Unmeasured.
 
     Whole images at batch 256 on 132 SMs (two rounds), 56 single rows at batch 1.
     """
@@ -40,7 +42,11 @@ def configs(problem: Problem, target: Target) -> tuple[StemPoolConfig, ...]:
         rows = ceil_div(pool.p, parts)
         rounds = ceil_div(pool.n * ceil_div(pool.p, rows) * columns, target.sms)
         found[rows] = rounds * (768 * (2 * rows + 4) + 1500)
-    return tuple(StemPoolConfig(rows) for rows in sorted(found, key=found.__getitem__)[:6])
+    return sorted((clocks, rows) for rows, clocks in found.items())
+
+
+def configs(problem: Problem, target: Target) -> tuple[StemPoolConfig, ...]:
+    return tuple(StemPoolConfig(rows) for _, rows in ranked(problem, target)[:6])
 
 
 class Sm90StemPool(CudaCandidate):
@@ -69,6 +75,12 @@ class Sm90StemPool(CudaCandidate):
 
     def configs(self, problem: Problem, target: Target) -> Sequence[StemPoolConfig]:
         return configs(problem, target)
+
+    def estimate_ms(self, problem: Problem, target: Target) -> float:
+        """At small batches, where nothing was measured, a step of the chain and the model's clocks at 1.755 GHz."""
+        if problem.n > _SMALL_BATCH:
+            return super().estimate_ms(problem, target)
+        return max(target.floor_ms(problem) or 0.0, ranked(problem, target)[0][0] / 1.755e6) + STEP_MS
 
     def prepare(self, problem: Problem, config: StemPoolConfig, parameters: Mapping[str, LayerParameters]):
         """Weight [256, 48] in the compute type, (|scale|, shift) fp32 [64, 2], (factor, offset) fp32 [3, 2] or None."""
