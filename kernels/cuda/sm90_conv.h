@@ -28,23 +28,34 @@ struct Sm90Conv {
   int p, q, k, pixels, steps;  // steps: of both sources
   int tiles_k, tiles, clusters, cluster;
   int stages, slots, ticks;
+  int halo_images, halo_rows;  // of the halo form: images side by side in a row of pixels, rows of a group of them
   int by_tma;  // rows of k channels are whole 16 bytes: residual and output travel by TMA
   int act;
   float act_param;
 };
 
 constexpr int kConvDepth = 64;    // channels a step: a 128-byte row
-constexpr int kConvChunk = 64;    // pixels, and filters, that leave together
+constexpr int kConvChunk = 64;    // filters that leave together, and pixels (56 in the halo form)
 constexpr int kChunkBytes = kConvChunk * kSwizzleRow;
+constexpr int kHaloRow = 56;      // pixels: 1 x 56, 2 x 28, 4 x 14, 8 x 7; a shift by a row keeps the swizzle's phase
+static_assert(kHaloRow * kSwizzleRow % 1024 == 0);
 constexpr int kConvGroups = 2;    // of four warps, that multiply
-constexpr int kMaxStages = 8, kMaxSlots = 4, kMaxTicks = 4;
+constexpr int kMaxStages = 8, kMaxSlots = 4, kMaxTicks = 4, kHaloBoxes = 2;
 
-// A step of the depth: 64 channels of one tap of one source. Channels innermost, then columns, rows, sources.
+// A step of the depth: 64 channels of one tap of one source. Channels innermost, then columns, rows, sources; in the halo
+// form rows innermost, which share a box of pixels, then channels, columns.
 struct ConvStep {
   int source, r, s, c;  // c: in steps
 
   FASTRES_BOTH constexpr void advance(const Sm90Conv& v) {
     const ConvSource& of = v.source[source];
+    if (v.halo_images) {
+      if (++r < of.r) return;
+      r = 0;
+      if (++c < of.c_steps) return;
+      c = 0, ++s;
+      return;
+    }
     if (++c < of.c_steps) return;
     c = 0;
     if (++s < of.s) return;
@@ -75,30 +86,50 @@ struct WindowStart {
   }
 };
 
-// A tile of `filters` x `pixels` outputs, and how its two groups of warps share it: 64 x 256 by pixels, others by
-// filters.
+// The halo form, for 3x3 with stride 1 and padding 1: pixels are counted in rows of kHaloRow, which are the same row of
+// halo_images neighbouring images; a tile is some rows of one group of images. Rows and images that do not exist read
+// as zeros and are not written.
+struct HaloPlace {
+  int n, h;
+
+  FASTRES_BOTH static constexpr HaloPlace of(const Sm90Conv& v, int pixel) {
+    const int row = pixel / kHaloRow, group = row / v.halo_rows;
+    return {group * v.halo_images, row - group * v.halo_rows};
+  }
+};
+
+// A tile of `filters` x `pixels` outputs, and how its two groups of warps share it: 64 filters by pixels, others by
+// filters. 128 x 224 and 64 x 448 are of the halo form, where a box of pixels, with the rows above and below, stays for
+// three steps and has a ring of its own.
 struct ConvTileShape {
   int filters, pixels;
 
+  FASTRES_BOTH constexpr bool halo() const { return pixels % kHaloRow == 0; }
+  FASTRES_BOTH constexpr int chunk_pixels() const { return halo() ? kHaloRow : kConvChunk; }
   FASTRES_BOTH constexpr bool share_pixels() const { return filters < 64 * kConvGroups; }
   FASTRES_BOTH constexpr int group_filters() const { return share_pixels() ? filters : filters / kConvGroups; }
   FASTRES_BOTH constexpr int group_pixels() const { return share_pixels() ? pixels / kConvGroups : pixels; }
-  FASTRES_BOTH constexpr int stage_bytes() const { return (filters + pixels) * kSwizzleRow; }
+  FASTRES_BOTH constexpr int filters_bytes() const { return filters * kSwizzleRow; }
+  FASTRES_BOTH constexpr int pixels_bytes() const { return (halo() ? pixels + 2 * kHaloRow : pixels) * kSwizzleRow; }
+  FASTRES_BOTH constexpr int stage_bytes() const { return filters_bytes() + (halo() ? 0 : pixels_bytes()); }
 };
 
-// Offsets into shared memory: stages (filters, then pixels), the groups' slots, mbarriers, tickets.
+// Offsets into shared memory: boxes of the halo form, stages (filters, then pixels), the groups' slots, mbarriers,
+// tickets.
 struct ConvLayout {
-  int slots, barriers, ticks, bytes;
+  int stages, slots, barriers, ticks, bytes;
 
   FASTRES_BOTH static constexpr ConvLayout of(const ConvTileShape& tile, int stages, int slots) {
     ConvLayout l{};
-    l.slots = stages * tile.stage_bytes();
+    l.stages = tile.halo() ? kHaloBoxes * tile.pixels_bytes() : 0;
+    l.slots = l.stages + stages * tile.stage_bytes();
     l.barriers = l.slots + kConvGroups * slots * kChunkBytes;
-    l.ticks = l.barriers + 8 * 2 * (kMaxStages + kConvGroups * kMaxSlots + kMaxTicks);
+    l.ticks = l.barriers + 8 * 2 * (kMaxStages + kConvGroups * kMaxSlots + kMaxTicks + kHaloBoxes);
     l.bytes = l.ticks + 4 * kMaxTicks;
     return l;
   }
 };
+constexpr int kLastSimple = 1;  // identity and ReLU, by their codes
 constexpr int kSharedBytes = 227 * 1024;  // a block of Hopper may have them
 
 // As many stages as fit beside the slots.
@@ -128,18 +159,33 @@ inline ConvSource source_of(const ConvShape& v) {
           v.dilation_h, v.dilation_w, is_plain(v)};
 }
 
+inline bool takes_halo(const ConvShape& v, const ThroughputConv& t) {
+  return v.r == 3 && v.s == 3 && v.stride_h == 1 && v.stride_w == 1 && v.pad_h == 1 && v.pad_w == 1 &&
+         v.dilation_h == 1 && v.dilation_w == 1 && kHaloRow % v.w == 0 && v.k % 8 == 0 && t.conv.act <= kLastSimple &&
+         !t.second;
+}
+
 // Everything but maps and pointers.
 inline Sm90Conv sm90_conv_tiles(const ThroughputConv& t, int filters, int pixels, int cluster, int multiprocessors) {
   const ConvShape& v = t.conv.shape;
-  require((filters == 128 && (pixels == 256 || pixels == 128)) || (filters == 256 && pixels == 128) ||
-              (filters == 64 && pixels == 256),
-          "tile: 128 x 256, 256 x 128, 128 x 128 and 64 x 256 filters x pixels are taken");
+  const ConvTileShape tile{filters, pixels};
+  require((filters == 128 && (pixels == 256 || pixels == 224 || pixels == 128)) || (filters == 256 && pixels == 128) ||
+              (filters == 64 && (pixels == 256 || pixels == 448)),
+          "tile: 128 x 256, 256 x 128, 128 x 128, 64 x 256, 128 x 224 and 64 x 448 filters x pixels are taken");
   require(cluster == 1 || cluster == 2, "cluster: 1 and 2 blocks are taken");
   require(v.groups == 1, "groups: one is taken");
   require(v.c % 8 == 0 && (!t.second || t.second_shape.c % 8 == 0), "channels must be a multiple of 8");
   require(v.pixels() < int64_t{1} << 30, "2^30 output pixels or more");
   Sm90Conv p{};
   p.source[0] = source_of(v);
+  int64_t run = v.pixels();  // of pixels that tiles are cut from
+  if (tile.halo()) {
+    require(takes_halo(v, t), "tile: the halo form takes a 3x3 with stride 1, padding 1, images as wide as a divisor of "
+                              "56, filters in eights, identity or ReLU");
+    p.halo_images = kHaloRow / v.w;
+    p.halo_rows = static_cast<int>(round_up(v.h, pixels / kHaloRow));
+    run = ceil_div(v.n, p.halo_images) * p.halo_rows * kHaloRow;
+  }
   p.steps = p.source[0].steps();
   if (t.second) {
     p.source[1] = source_of(t.second_shape);
@@ -149,11 +195,11 @@ inline Sm90Conv sm90_conv_tiles(const ThroughputConv& t, int filters, int pixels
   p.by_tma = v.k % 8 == 0;
   p.cluster = cluster;
   p.tiles_k = static_cast<int>(ceil_div(v.k, filters));
-  p.tiles = static_cast<int>(ceil_div(v.pixels(), pixels * cluster)) * p.tiles_k;
+  p.tiles = static_cast<int>(ceil_div(run, pixels * cluster)) * p.tiles_k;
   p.clusters = std::clamp(multiprocessors / cluster, 1, p.tiles);
   // Shallow sums end often: more of the residual is asked for ahead.
-  p.slots = t.conv.residual && p.steps <= 8 ? kMaxSlots : 2;
-  p.stages = conv_stages({filters, pixels}, p.slots);
+  p.slots = t.conv.residual && p.steps <= 8 && !tile.halo() ? kMaxSlots : 2;
+  p.stages = conv_stages(tile, p.slots);
   // Tickets far enough ahead for the loader to fill all stages, and no further: what is taken early is not shared.
   p.ticks = std::clamp(static_cast<int>(ceil_div(p.stages, p.steps)) + 1, 2, kMaxTicks);
   return p;
@@ -165,6 +211,19 @@ inline TensorMapFields matrix_fields(Type type, const void* base, int64_t pixels
   f.size[0] = static_cast<uint64_t>(channels), f.size[1] = static_cast<uint64_t>(pixels);
   f.stride[0] = uint64_t{2} * channels;
   f.box[0] = kConvDepth, f.box[1] = static_cast<uint32_t>(rows);
+  return f;
+}
+
+// [n, h, w, channels] with images between columns and rows: `rows` rows of halo_images images a box.
+inline TensorMapFields halo_fields(Type type, const void* base, const ConvShape& v, int channels, int rows) {
+  TensorMapFields f{type, 4, base};
+  const uint64_t row = uint64_t{2} * channels;
+  const uint64_t size[] = {static_cast<uint64_t>(channels), static_cast<uint64_t>(v.w), static_cast<uint64_t>(v.n),
+                           static_cast<uint64_t>(v.h)};
+  const uint64_t stride[] = {row, row * v.w * v.h, row * v.w};
+  const uint32_t box[] = {kConvDepth, static_cast<uint32_t>(v.w), static_cast<uint32_t>(kHaloRow / v.w),
+                          static_cast<uint32_t>(rows)};
+  std::copy_n(size, 4, f.size), std::copy_n(stride, 3, f.stride), std::copy_n(box, 4, f.box);
   return f;
 }
 
@@ -191,7 +250,7 @@ inline TensorMapFields pixels_fields(Type type, const void* base, const ConvShap
   return f;
 }
 
-// filters x pixels: 128 x 256, 256 x 128, 128 x 128 or 64 x 256; cluster: 1 or 2 blocks that share the loads of weights;
+// filters x pixels: 128 x 256, 256 x 128, 128 x 128 or 64 x 256; 128 x 224 and 64 x 448 (halo form); cluster: 1 or 2 blocks that share the loads of weights;
 // conv.counters: one, zero. Throws std::invalid_argument.
 Record sm90_conv_record(const ThroughputConv& p, Type type, int filters, int pixels, int cluster);
 

@@ -7,11 +7,15 @@
 // A cluster of two takes two neighbouring runs: each block loads half of the filters, for both. Tiles come from a
 // counter that all clusters share (slow SMs then take fewer). Sums are finished where the residual lies: its chunk comes
 // by TMA into the slot from which the output leaves.
+// The halo form of 3x3 loads pixels once for a column of three taps: rows of 56, from 1 to 8 images side by side, and
+// the rows above and below; a tap is a shift by a row. That is a third of im2col's reads of the L2, plus the halo.
 // Warps of group 0: loader of both operands; residuals of group 1, of group 2; tickets.
+#include <utility>
+
 #include "activation.cuh"
 #include "ptx_cluster.cuh"
 #include "sm90_conv.h"
-#include "wgmma_n256.cuh"
+#include "wgmma_wide.cuh"
 
 namespace fastres {
 namespace {
@@ -19,6 +23,7 @@ namespace {
 constexpr int kThreads = 128 * (1 + kConvGroups);
 constexpr int kLoaderRegisters = 40, kGroupRegisters = 232;
 static_assert(128 * (kLoaderRegisters + kConvGroups * kGroupRegisters) <= 65536);
+static_assert(kLastSimple == kRelu);
 constexpr int kReaders = 1 + kConvGroups + 4 * kConvGroups;  // of a ticket, in a block: loader, residuals, warps
 
 // The n-th use of a ring of slots.
@@ -44,6 +49,8 @@ struct ConvBarriers {
     return base + 8 * (2 * kMaxStages + 2 * kConvGroups * kMaxSlots + i);
   }
   FASTRES_DEVICE uint32_t ticket_empty(int i) const { return ticket_full(kMaxTicks + i); }
+  FASTRES_DEVICE uint32_t box_full(int i) const { return ticket_full(2 * kMaxTicks + i); }
+  FASTRES_DEVICE uint32_t box_empty(int i) const { return box_full(kHaloBoxes + i); }
 };
 
 // A reader's view of the tickets: which tile is next.
@@ -112,10 +119,11 @@ FASTRES_DEVICE int load_filters_ahead(const Sm90Conv& p, uint32_t stages, const 
 }
 
 template <int kFilters, int kPixels>
-FASTRES_DEVICE void load_operands(const Sm90Conv& p, uint32_t stages, const ConvBarriers& b, Tickets tickets, int rank,
-                                  int ahead) {
-  constexpr int kStageBytes = ConvTileShape{kFilters, kPixels}.stage_bytes();
-  Ring ring;
+FASTRES_DEVICE void load_operands(const Sm90Conv& p, uint32_t base, uint32_t stages, const ConvBarriers& b,
+                                  Tickets tickets, int rank, int ahead) {
+  constexpr ConvTileShape kTile{kFilters, kPixels};
+  constexpr int kStageBytes = kTile.stage_bytes();
+  Ring ring, box;
   for (;;) {
     const int tile = tickets.take(p);
     if (tile >= p.tiles) return;
@@ -131,9 +139,18 @@ FASTRES_DEVICE void load_operands(const Sm90Conv& p, uint32_t stages, const Conv
         ptx::barrier_wait_cluster(b.empty(ring.slot), ring.parity ^ 1);
         load_filters<kFilters, kPixels>(p, stage, full, at, of.first_filter, rank);
       }
-      const uint32_t to = stage + kFilters * kSwizzleRow;
+      const uint32_t to = stage + kTile.filters_bytes();
       const TensorMap* map = at.source ? &p.second : &p.x;
-      if (source.plain) {
+      if constexpr (kTile.halo()) {
+        // After the filters of its three taps: they wait for a stage each, the box for all three products before.
+        if (at.r < 2) continue;
+        const auto place = HaloPlace::of(p, of.first_pixel);
+        ptx::barrier_wait(b.box_empty(box.slot), box.parity ^ 1);
+        ptx::barrier_arrive_expect(b.box_full(box.slot), kTile.pixels_bytes());
+        ptx::load_box(base + box.slot * kTile.pixels_bytes(), map, b.box_full(box.slot), at.c * kConvDepth, at.s - 1,
+                      place.n, place.h - 1);
+        box.next(kHaloBoxes);
+      } else if (source.plain) {
         ptx::load_box(to, map, full, at.c * kConvDepth, of.first_pixel);
       } else {
         if (at.r == 0 && at.s == 0 && at.c == 0) window = WindowStart::of(p, source, of.first_pixel);
@@ -158,12 +175,18 @@ FASTRES_DEVICE void load_residuals(const Sm90Conv& p, uint32_t slots, const Conv
     const int filter = of.first_filter + (kTile.share_pixels() ? 0 : group * kTile.group_filters());
     const int pixel = of.first_pixel + (kTile.share_pixels() ? group * kTile.group_pixels() : 0);
     for (int m = 0; m < kTile.group_filters(); m += kConvChunk)
-      for (int n = 0; n < kTile.group_pixels(); n += kConvChunk, ring.next(p.slots)) {
+      for (int n = 0; n < kTile.group_pixels(); n += kTile.chunk_pixels(), ring.next(p.slots)) {
         const uint32_t full = b.slot_full(group, ring.slot);
         ptx::barrier_wait(b.slot_empty(group, ring.slot), ring.parity ^ 1);
         if (loads) {
-          ptx::barrier_arrive_expect(full, kChunkBytes);
-          ptx::load_box(slots + ring.slot * kChunkBytes, &p.residual, full, filter + m, pixel + n);
+          const uint32_t to = slots + ring.slot * kChunkBytes;
+          ptx::barrier_arrive_expect(full, kTile.chunk_pixels() * kSwizzleRow);
+          if constexpr (kTile.halo()) {
+            const auto place = HaloPlace::of(p, pixel + n);
+            ptx::load_box(to, &p.residual, full, filter + m, 0, place.n, place.h);
+          } else {
+            ptx::load_box(to, &p.residual, full, filter + m, pixel + n);
+          }
         } else {
           ptx::barrier_arrive(full);
         }
@@ -193,6 +216,15 @@ FASTRES_DEVICE void finish_eight(const Sm90Conv& p, const float (&v)[8], float2 
   ptx::store_transposed_x4(address, io.bits);
 }
 
+template <int... kNumbers, class Body>
+FASTRES_DEVICE void for_numbers(std::integer_sequence<int, kNumbers...>, const Body& body) {
+  (body(std::integral_constant<int, kNumbers>{}), ...);
+}
+template <int kCount, class Body>
+FASTRES_DEVICE void static_for(const Body& body) {
+  for_numbers(std::make_integer_sequence<int, kCount>{}, body);
+}
+
 // A chunk's elements one by one, where rows of K channels do not fill 16 bytes.
 template <class Move>
 FASTRES_DEVICE void for_chunk(const Sm90Conv& p, int thread, int filter, int pixel, const Move& move) {
@@ -209,6 +241,7 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
   constexpr ConvTileShape kTile{kFilters, kPixels};
   constexpr int kBlocks = kTile.group_filters() / 64, kColumns = kTile.group_pixels();
   constexpr int kSums = kColumns / 2;  // a thread, a block of 64 filters
+  constexpr bool kHalo = kTile.halo();
   const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
   const uint32_t base = ptx::shared_address(memory);
   const uint32_t slots = layout.slots + group * p.slots * kChunkBytes;
@@ -222,7 +255,11 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
     if (lane < p.cluster) ptx::barrier_arrive_cluster(ptx::address_in(b.empty(stage), lane));
   };
 
-  Ring ring, out;
+  const auto release_box = [&](int box) {
+    if (lane == 0) ptx::barrier_arrive(b.box_empty(box));
+  };
+
+  Ring ring, out, box;
   int last_slot = -1;
   for (;;) {
     const int tile = tickets.peek();
@@ -251,12 +288,17 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
 #pragma unroll
         for (float& v : of) v = 0;
     }
-    int previous = 0;
+    int previous = 0, row_of_taps = 0;
     for (int i = 0; i < p.steps; ++i, ring.next(p.stages)) {
       ptx::barrier_wait(b.full(ring.slot), ring.parity);
-      const uint32_t stage = base + ring.slot * kTile.stage_bytes();
+      const uint32_t stage = base + layout.stages + ring.slot * kTile.stage_bytes();
+      uint32_t first = stage + kTile.filters_bytes();
+      if constexpr (kHalo) {
+        if (row_of_taps == 0) ptx::barrier_wait(b.box_full(box.slot), box.parity);
+        first = base + box.slot * kTile.pixels_bytes() + row_of_taps * kHaloRow * kSwizzleRow;
+      }
       const uint64_t filters = matrix_descriptor(stage + group_filter * kSwizzleRow);
-      const uint64_t pixels = matrix_descriptor(stage + (kFilters + group_pixel) * kSwizzleRow);
+      const uint64_t pixels = matrix_descriptor(first + group_pixel * kSwizzleRow);
       ptx::wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kConvDepth / 16; ++k)
@@ -269,15 +311,22 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
 #pragma unroll
         for (int m = 0; m < kBlocks; ++m) ptx::wgmma_wait<1>(sum[m]);
         release(previous);
+        if (kHalo && row_of_taps == 0) release_box(box.slot ^ 1);
       }
       previous = ring.slot;
+      if constexpr (kHalo) {
+        if (++row_of_taps == 3) row_of_taps = 0, box.next(kHaloBoxes);
+      }
     }
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) ptx::wgmma_wait<0>(sum[m]);
     release(previous);
+    if constexpr (kHalo) release_box(box.slot ^ 1);
 
-    // A chunk is 64 filters of 64 pixels, in four parts of sixteen pixels.
-    constexpr int kChunks = kBlocks * kColumns / kConvChunk;
+    // A chunk is 64 filters of 64 pixels, in four parts of sixteen pixels; of 56 pixels in the halo form, where half of
+    // the last part goes to rows of the slot that nobody reads.
+    constexpr int kChunkPixels = kTile.chunk_pixels(), kChunkSums = kChunkPixels / 2;
+    constexpr int kChunks = kBlocks * kColumns / kChunkPixels;
     const auto enter = [&](int filter, int pixel) {
       ptx::barrier_wait(b.slot_full(group, out.slot), out.parity);
       if (p.by_tma || !p.residual_rows) return;
@@ -298,7 +347,13 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
       }
       if (thread == 0) {
         if (p.by_tma) {
-          ptx::store_box(&p.out, base + slots + out.slot * kChunkBytes, filter, pixel);
+          const uint32_t from = base + slots + out.slot * kChunkBytes;
+          if constexpr (kHalo) {
+            const auto place = HaloPlace::of(p, pixel);
+            ptx::store_box(&p.out, from, filter, 0, place.n, place.h);
+          } else {
+            ptx::store_box(&p.out, from, filter, pixel);
+          }
           ptx::store_commit();
           ptx::store_wait_read<1>();
         }
@@ -308,26 +363,43 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
       }
       out.next(p.slots);
     };
-#pragma unroll kGeneral ? 1 : kChunks
-    for (int c = 0; c < kChunks; ++c) {
-      const int m = c * kConvChunk / kColumns, n = c * kConvChunk % kColumns;
-      const int filter = first_filter + m * 64, pixel = first_pixel + n;
+    const auto finish_part = [&](const float (&v)[8], int m, int part) {
       const bool second = kBlocks > 1 && m > 0;
-      enter(filter, pixel);
-#pragma unroll kGeneral ? 1 : 4
-      for (int part = 0; part < 4; ++part) {
-        const int first = kGeneral ? 0 : (c * 4 + part) * 8;
-        float v[8];
+      finish_eight<T, kGeneral>(p, v, second ? scale[kBlocks - 1] : scale[0], second ? shift[kBlocks - 1] : shift[0],
+                                base + slots + out.slot * kChunkBytes + swizzle_128(part * 16 + row, chunk));
+    };
+    const auto filter_of = [&](int c) { return first_filter + c * kChunkPixels / kColumns * 64; };
+    const auto pixel_of = [&](int c) { return first_pixel + c * kChunkPixels % kColumns; };
+    if constexpr (kGeneral) {
+#pragma unroll 1
+      for (int c = 0; c < kChunks; ++c) {
+        enter(filter_of(c), pixel_of(c));
+#pragma unroll 1
+        for (int part = 0; part < 4; ++part) {
+          float v[8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[i] = sum[first / kSums][first % kSums + i];
-        finish_eight<T, kGeneral>(p, v, second ? scale[kBlocks - 1] : scale[0], second ? shift[kBlocks - 1] : shift[0],
-                                  base + slots + out.slot * kChunkBytes + swizzle_128(part * 16 + row, chunk));
-        if constexpr (kGeneral) {
+          for (int i = 0; i < 8; ++i) v[i] = sum[0][i];
+          finish_part(v, c * kChunkPixels / kColumns, part);
 #pragma unroll
           for (int i = 8; i < kBlocks * kSums; ++i) sum[(i - 8) / kSums][(i - 8) % kSums] = sum[i / kSums][i % kSums];
         }
+        leave(filter_of(c), pixel_of(c));
       }
-      leave(filter, pixel);
+    } else {
+      // Registers have no index: every part is code of its own.
+      static_for<kChunks>([&](auto chunk_number) {
+        constexpr int c = decltype(chunk_number)::value;
+        enter(filter_of(c), pixel_of(c));
+        static_for<4>([&](auto part_number) {
+          constexpr int part = decltype(part_number)::value;
+          constexpr int kFirst = c * kChunkSums + part * 8, kCount = kChunkSums - part * 8 < 8 ? kChunkSums - part * 8 : 8;
+          float v[8] = {};
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) v[i] = sum[kFirst / kSums][kFirst % kSums + i];
+          finish_part(v, c * kChunkPixels / kColumns, part);
+        });
+        leave(filter_of(c), pixel_of(c));
+      });
     }
   }
   if (thread == 0) ptx::store_wait_all();
@@ -344,6 +416,7 @@ FASTRES_DEVICE void sync_blocks(int cluster) {
 template <class T, int kFilters, int kPixels, bool kGeneral>
 __global__ void __launch_bounds__(kThreads, 1) sm90_conv_bn_act_kernel(const __grid_constant__ Sm90Conv p) {
   constexpr ConvTileShape kTile{kFilters, kPixels};
+  ptx::let_successor_start();
   unsigned char* memory = ptx::dynamic_shared();
   const uint32_t base = ptx::shared_address(memory);
   const ConvLayout layout = ConvLayout::of(kTile, p.stages, p.slots);
@@ -362,6 +435,10 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_conv_bn_act_kernel(const __g
         ptx::barrier_init(b.slot_full(group, i), 1);
         ptx::barrier_init(b.slot_empty(group, i), 1);
       }
+    for (int i = 0; kTile.halo() && i < kHaloBoxes; ++i) {
+      ptx::barrier_init(b.box_full(i), 1);
+      ptx::barrier_init(b.box_empty(i), 4 * kConvGroups);
+    }
     for (int i = 0; i < p.ticks; ++i) {
       ptx::barrier_init(b.ticket_full(i), 1);
       ptx::barrier_init(b.ticket_empty(i), kReaders * p.cluster);
@@ -373,15 +450,14 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_conv_bn_act_kernel(const __g
   sync_blocks(p.cluster);
   // Filters were written long ago: they come while the kernel before this one is still at work.
   int ahead = 0;
-  if (threadIdx.x == 0) ahead = load_filters_ahead<kFilters, kPixels>(p, base, b, rank);
+  if (threadIdx.x == 0) ahead = load_filters_ahead<kFilters, kPixels>(p, base + layout.stages, b, rank);
   ptx::wait_for_predecessor();
-  ptx::let_successor_start();
 
   if (warp < 4) {
     ptx::give_registers<kLoaderRegisters>();
     if (lane == 0) {
       if (warp == 0) {
-        load_operands<kFilters, kPixels>(p, base, b, tickets, rank, ahead);
+        load_operands<kFilters, kPixels>(p, base, base + layout.stages, b, tickets, rank, ahead);
       } else if (warp <= kConvGroups) {
         const int group = warp - 1;
         load_residuals<kFilters, kPixels>(p, base + layout.slots + group * p.slots * kChunkBytes, b, tickets, rank, group);
@@ -410,12 +486,14 @@ TensorMap filters_map(Type type, const void* base, const ConvShape& v, int box_r
 
 template <class T, int kFilters, int kPixels>
 Record typed(const Sm90Conv& p) {
+  constexpr ConvTileShape kTile{kFilters, kPixels};
   const Shape shape{dim3(static_cast<unsigned>(p.clusters * p.cluster)), kThreads,
-                    static_cast<unsigned>(ConvLayout::of({kFilters, kPixels}, p.stages, p.slots).bytes),
+                    static_cast<unsigned>(ConvLayout::of(kTile, p.stages, p.slots).bytes),
                     static_cast<unsigned>(p.cluster)};
-  return make_record(p.act > kRelu ? sm90_conv_bn_act_kernel<T, kFilters, kPixels, true>
-                                   : sm90_conv_bn_act_kernel<T, kFilters, kPixels, false>,
-                     shape, p, "sm90_conv_bn_act");
+  auto* kernel = sm90_conv_bn_act_kernel<T, kFilters, kPixels, false>;
+  if constexpr (!kTile.halo())
+    if (p.act > kRelu) kernel = sm90_conv_bn_act_kernel<T, kFilters, kPixels, true>;
+  return make_record(kernel, shape, p, kTile.halo() ? "sm90_conv_bn_act, halo" : "sm90_conv_bn_act");
 }
 
 template <class T>
@@ -423,7 +501,8 @@ Record sized(const Sm90Conv& p, int filters, int pixels) {
   if (filters == 128 && pixels == 256) return typed<T, 128, 256>(p);
   if (filters == 256 && pixels == 128) return typed<T, 256, 128>(p);
   if (filters == 128 && pixels == 128) return typed<T, 128, 128>(p);
-  return typed<T, 64, 256>(p);
+  if (filters == 64 && pixels == 256) return typed<T, 64, 256>(p);
+  return filters == 128 ? typed<T, 128, 224>(p) : typed<T, 64, 448>(p);
 }
 
 }  // namespace
@@ -432,16 +511,21 @@ Record sm90_conv_record(const ThroughputConv& t, Type type, int filters, int pix
   const ConvShape& v = t.conv.shape;
   require(type == Type::kBf16 || type == Type::kFp16, "bfloat16 and float16 are taken");
   Sm90Conv p = sm90_conv_tiles(t, filters, pixels, cluster, multiprocessors());
-  p.x = make_tensor_map(pixels_fields(type, t.conv.x, v, pixels));
+  const ConvTileShape tile{filters, pixels};
+  const auto output_map = [&](const void* of) {
+    return make_tensor_map(tile.halo() ? halo_fields(type, of, v, v.k, 1)
+                                       : matrix_fields(type, of, v.pixels(), v.k, kConvChunk));
+  };
+  p.x = make_tensor_map(tile.halo() ? halo_fields(type, t.conv.x, v, v.c, pixels / kHaloRow + 2)
+                                    : pixels_fields(type, t.conv.x, v, pixels));
   p.weight = filters_map(type, t.conv.weight, v, filters / cluster);
   if (t.second) {
     p.second = make_tensor_map(pixels_fields(type, t.second, t.second_shape, pixels));
     p.second_weight = filters_map(type, t.second_weight, t.second_shape, filters / cluster);
   }
   if (p.by_tma) {
-    p.out = make_tensor_map(matrix_fields(type, t.conv.out, v.pixels(), v.k, kConvChunk));
-    if (t.conv.residual)
-      p.residual = make_tensor_map(matrix_fields(type, t.conv.residual, v.pixels(), v.k, kConvChunk));
+    p.out = output_map(t.conv.out);
+    if (t.conv.residual) p.residual = output_map(t.conv.residual);
   }
   p.scale = t.conv.scale, p.shift = t.conv.shift;
   p.residual_rows = t.conv.residual, p.out_rows = t.conv.out, p.counter = t.conv.counters;

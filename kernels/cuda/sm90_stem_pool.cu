@@ -14,7 +14,7 @@
 #include "ptx_sm90.cuh"
 #include "stem_pool.h"
 #include "types.cuh"
-#include "wgmma_n256.cuh"
+#include "wgmma_wide.cuh"
 
 namespace fastres {
 namespace {

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastres.activation import IDENTITY, RELU
 from fastres.backends.cuda.base import CudaCandidate, ceil_div, scale_shift
 from fastres.backends.cuda.conv_bn_act import filter_rows, geometry
 from fastres.graph.fold import LayerParameters
@@ -20,11 +21,16 @@ from fastres.tuning.config import Config
 
 _STEP = 64  # channels
 TILES = ((128, 256), (256, 128), (128, 128), (64, 256))
+HALO_TILES = ((128, 224), (64, 448))
+_HALO_ROW = 56
 
 
 @dataclass(frozen=True)
 class ThroughputConfig(Config):
-    """A block computes `filters` by `pixels`; `cluster` blocks with neighbouring pixels share the loads of weights."""
+    """A block computes `filters` by `pixels`; `cluster` blocks with neighbouring pixels share the loads of weights.
+
+    Tiles of 224 and 448 pixels are the halo form's: 4 and 8 rows of 56 pixels.
+    """
 
     filters: int
     pixels: int
@@ -35,31 +41,41 @@ def _steps(spec: ConvSpec) -> int:
     return spec.kernel[0] * spec.kernel[1] * ceil_div(spec.c, _STEP)
 
 
-def _configs(spec: ConvSpec, steps: int, target: Target) -> tuple[ThroughputConfig, ...]:
+def takes_halo(spec: ConvSpec) -> bool:
+    """A 3x3 that keeps the size, images that fill rows of 56 pixels (56, 28, 14, 7, … wide), identity or ReLU."""
+    same = (spec.kernel, spec.stride, spec.padding, spec.dilation) == ((3, 3), (1, 1), (1, 1), (1, 1))
+    return same and _HALO_ROW % spec.w == 0 and spec.k % 8 == 0 and spec.act in (IDENTITY, RELU)
+
+
+def _configs(spec: ConvSpec, steps: int, target: Target, dual: bool = False) -> tuple[ThroughputConfig, ...]:
     """By a model of the time, in clocks of an SM. Unmeasured.
 
     Clusters take tiles in waves. A step of 64 channels costs its products (2,048 a clock), its share of shared
     memory's bandwidth (128 bytes a clock: operands written once, and read by every wgmma) or of the L2's (40 bytes
     a clock and SM: what a Gluon kernel without clusters drew when it took 80 us for 256 -> 256 3x3 @14), whichever
-    is more; a cluster reads its weights from the L2 once. Beside the steps stand the epilogue (32 elements a clock)
-    and 600 for filling and draining the pipeline.
+    is more, and 15 % of the other two, for what does not overlap; a cluster reads its weights from the L2 once. The
+    halo form takes three taps at a step, and reads two rows of pixels beside its own. Beside the steps stand the
+    epilogue (32 elements a clock) and 600 for filling and draining the pipeline.
     """
     found = []
-    for filters, pixels in TILES:
-        columns = 256 if (filters, pixels) == (128, 256) else 128  # of a wgmma
-        products = filters * pixels * _STEP / 2048
-        operands = (filters + pixels) * 128 + filters * pixels * _STEP * 2 * (1 / 64 + 1 / columns)
+    for filters, pixels in TILES + (HALO_TILES if not dual and takes_halo(spec) else ()):
+        halo = pixels % _HALO_ROW == 0
+        taps, loaded = (3, pixels + 2 * _HALO_ROW) if halo else (1, pixels)
+        run = spec.n * spec.p * spec.q
+        if halo:
+            rows = pixels // _HALO_ROW
+            run = ceil_div(spec.n * spec.w, _HALO_ROW) * ceil_div(spec.h, rows) * pixels
+        columns = pixels // 2 if filters == 64 else pixels  # of a wgmma
+        products = taps * filters * pixels * _STEP / 2048
+        operands = (taps * filters + loaded) * 128 + products * 2048 * 2 * (1 / 64 + 1 / columns)
         for cluster in (2, 1):
-            tiles = ceil_div(spec.n * spec.p * spec.q, pixels * cluster) * ceil_div(spec.k, filters)
+            tiles = ceil_div(run, pixels * cluster) * ceil_div(spec.k, filters)
             waves = ceil_div(tiles, max(1, target.sms // cluster))
-            from_l2 = (filters / cluster + pixels) * 128
-            step = max(products, operands / 128, from_l2 / 40)
-            found.append(
-                (
-                    waves * (steps * step + filters * pixels / 32 + 600),
-                    ThroughputConfig(filters, pixels, cluster),
-                )
-            )
+            from_l2 = (taps * filters / cluster + loaded) * 128
+            parts = (products, operands / 128, from_l2 / 40)
+            step = 0.85 * max(parts) + 0.15 * sum(parts)
+            clocks = waves * (steps / taps * step + filters * pixels / 32 + 600)
+            found.append((clocks, ThroughputConfig(filters, pixels, cluster)))
     return tuple(config for _, config in sorted(found, key=lambda pair: pair[0]))
 
 
@@ -134,7 +150,7 @@ class Sm90Dual(CudaCandidate):
 
     def configs(self, problem: Problem, target: Target) -> Sequence[ThroughputConfig]:
         steps = _steps(problem["expand"]) + _steps(problem["shortcut"])
-        return _configs(problem["expand"], steps, target)
+        return _configs(problem["expand"], steps, target, dual=True)
 
     def counters(self, problem: Problem, config: ThroughputConfig) -> int:
         return 1

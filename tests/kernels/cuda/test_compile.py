@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastres import native, toolchain
-from fastres.backends.cuda.sm90_conv_bn_act import TILES
+from fastres.backends.cuda.sm90_conv_bn_act import HALO_TILES, TILES
 
 pytestmark = pytest.mark.gate
 _SECONDS = 180  # on 2 cores
@@ -59,8 +59,8 @@ def test_no_product_waits_for_the_one_before(built):
 
 
 def test_hopper_convolution_has_every_tile_and_its_registers_fit_the_roles(built):
-    """Every config is compiled for both types, with and without the switch of activations, at 168 registers: what
-    384 threads share before warps give and take."""
+    """Every config is compiled for both types, without and (but for the halo form) with the switch of activations,
+    at 168 registers: what 384 threads share before warps give and take."""
     seen = set()
     for name, arch, registers, *_ in built[1]:
         found = re.search(r"sm90_conv_bn_act_kernel<(\w+), (\d+), (\d+), (true|false)>", name)
@@ -68,6 +68,7 @@ def test_hopper_convolution_has_every_tile_and_its_registers_fit_the_roles(built
             seen.add(found.groups())
             assert registers == 168, (name, registers)
     wanted = itertools.product(("__half", "__nv_bfloat16"), TILES, ("true", "false"))
+    wanted = {*wanted, *itertools.product(("__half", "__nv_bfloat16"), HALO_TILES, ("false",))}
     assert seen == {(dtype, str(m), str(n), general) for dtype, (m, n), general in wanted}
 
 

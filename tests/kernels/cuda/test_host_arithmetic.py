@@ -11,7 +11,7 @@ from problems import network_problems, random_problems
 
 from fastres.backends.cuda.conv_bn_act import merged_groups
 from fastres.backends.cuda.latency import best_box
-from fastres.backends.cuda.sm90_conv_bn_act import TILES
+from fastres.backends.cuda.sm90_conv_bn_act import HALO_TILES, TILES, takes_halo
 from fastres.plan.pattern import CONV_BN_ACT
 
 NETWORKS = ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")
@@ -138,3 +138,25 @@ def test_steps_of_the_stem_complete_every_row(c):
 def test_windows_of_the_stem_lie_where_lanes_look(c):
     for column in range(4):
         assert c.check_stem_columns(column) == 0, column
+
+
+def test_halo_tiles_and_loads_of_every_layer_that_takes_them_and_of_odd_batches(c):
+    specs = [spec for spec in _network_specs(224) if spec.c % 8 == 0 and takes_halo(spec)]
+    assert {spec.w for spec in specs} == {56, 28, 14, 7}
+    specs += [replace(specs[0], n=n, c=c, h=h, w=w, k=k) for n, c, h, w, k in _HALO_SHAPES]
+    for index, spec in enumerate(specs):
+        for tile in HALO_TILES:
+            numbers = _numbers(spec, 1)
+            assert (
+                c.check_sm90_conv(numbers, 0, *tile, 1 + index % 2, 1 if spec.n * spec.h < 40 else 13) == 0
+            ), (spec, tile)
+
+
+_HALO_SHAPES = [
+    (1, 8, 1, 56, 8),
+    (5, 72, 9, 28, 136),
+    (7, 64, 13, 14, 64),
+    (17, 40, 7, 7, 72),
+    (60, 8, 3, 1, 8),
+    (9, 16, 5, 8, 24),
+]

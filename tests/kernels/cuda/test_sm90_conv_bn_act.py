@@ -8,13 +8,21 @@ import torch
 from problems import H100, check_candidate, conv_problem, network_problems, problem_of, random_problems
 
 from fastres.activation import RELU, Activation
-from fastres.backends.cuda.sm90_conv_bn_act import TILES, Sm90ConvBnAct, Sm90Dual, ThroughputConfig
+from fastres.backends.cuda.sm90_conv_bn_act import (
+    HALO_TILES,
+    TILES,
+    Sm90ConvBnAct,
+    Sm90Dual,
+    ThroughputConfig,
+    takes_halo,
+)
 from fastres.plan.pattern import CONV_BN_ACT, DUAL
 from fastres.plan.problem import ConvSpec
 
 CANDIDATE, DUAL_CANDIDATE = Sm90ConvBnAct(), Sm90Dual()
 BF16, FP16 = torch.bfloat16, torch.float16
 CONFIGS = [ThroughputConfig(*tile, cluster) for tile in TILES for cluster in (1, 2)]
+HALO_CONFIGS = [ThroughputConfig(*tile, cluster) for tile in HALO_TILES for cluster in (1, 2)]
 # What decides the path: maps plain or im2col, depth ragged, residual by TMA, by elements or none, activation, tickets.
 CASES = {
     "1x1, residual": (conv_problem(1, 72, 9, 7, 136, 1, BF16, residual=True, act=RELU), CONFIGS),
@@ -32,6 +40,12 @@ CASES = {
         conv_problem(1, 48, 7, 9, 48, 3, BF16, dilation=2, residual=True, act=Activation("silu")),
         CONFIGS[1::2],
     ),
+    "halo, one image a row": (
+        conv_problem(1, 24, 3, 56, 72, 3, BF16, residual=True, act=RELU),
+        HALO_CONFIGS[1::2],
+    ),
+    "halo, two images a row": (conv_problem(1, 72, 9, 28, 64, 3, FP16, act=RELU), HALO_CONFIGS[2:3]),
+    "halo, many tiles": (conv_problem(9, 8, 9, 7, 72, 3, BF16, residual=True), HALO_CONFIGS[:2]),
     "odd filters": (conv_problem(3, 64, 6, 6, 131, 1, FP16, residual=True, act=RELU), CONFIGS[1::2]),
     "many tiles": (conv_problem(2, 8, 36, 30, 256, 1, BF16, residual=True, act=RELU), CONFIGS[4:6]),
     "many tiles, no residual": (conv_problem(5, 24, 17, 13, 80, 1, FP16), CONFIGS[6:]),
@@ -104,7 +118,7 @@ def test_layers_of_resnet50_on_a_gpu(dtype, batch):
             continue  # the stem's three channels
         taken += 1
         configs = CANDIDATE.configs(problem, H100)
-        assert set(configs) == set(CONFIGS)
+        assert set(configs) == {*CONFIGS, *(HALO_CONFIGS if takes_halo(problem["conv"]) else ())}
         for config in configs if batch <= 3 else configs[:3]:
             check_candidate(CANDIDATE, problem, config, "cuda", runs=3)
         check_candidate(CANDIDATE, problem, configs[0], "cuda", integers=True)
@@ -137,7 +151,9 @@ def test_the_heuristic_fits_the_tile_to_the_layer():
     """64 filters take the 64-filter tile, 128 the widest run of pixels; nothing is computed for filters that do
     not exist, and 7 x 7 layers divide into more tiles than there are clusters."""
     assert _choice(256, 64, 56, 56, 64, 1).filters == 64
-    assert _choice(256, 128, 28, 28, 128, 3) == ThroughputConfig(128, 256, 2)
+    assert _choice(256, 64, 56, 56, 64, 3, act=RELU) == ThroughputConfig(64, 448, 2)
+    assert _choice(256, 128, 28, 28, 128, 3, act=RELU) == ThroughputConfig(128, 224, 2)
+    assert _choice(256, 128, 56, 56, 128, 3, stride=2, act=RELU) == ThroughputConfig(128, 256, 2)
     for problem in network_problems(CONV_BN_ACT, ("resnet50",), 256):
         if CANDIDATE.accepts(problem, H100) is None:
             config, spec = CANDIDATE.configs(problem, H100)[0], problem["conv"]
@@ -205,8 +221,9 @@ _SECOND = torch.randn(1, 16, 7, 8).bfloat16().to(memory_format=torch.channels_la
     [
         (dict(weight=torch.randn(8, 8).bfloat16()), r"weight has the shape \[8, 8\], expected \[8, 16\]"),
         (dict(counter=torch.zeros(0, dtype=torch.int32)), "counters has 0 entries, needs 1"),
-        (dict(filters=64, pixels=64), "128 x 256, 256 x 128, 128 x 128 and 64 x 256"),
+        (dict(filters=64, pixels=64), "128 x 256, 256 x 128, 128 x 128, 64 x 256, 128 x 224 and 64 x 448"),
         (dict(cluster=4), "cluster: 1 and 2"),
+        (dict(pixels=224), "halo form takes a 3x3"),
         (dict(geometry=[1, 1, 1, 1, 0, 0, 1, 1, 2], weight=torch.randn(8, 8).bfloat16()), "groups: one"),
         (dict(second=_SECOND), "give both or none"),
         (

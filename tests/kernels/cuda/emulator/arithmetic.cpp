@@ -161,60 +161,79 @@ EXPORT long check_sm90_conv(const int* numbers, int second_c, int filters, int p
   }
   const Sm90Conv p = sm90_conv_tiles(t, filters, pixels, cluster, 7);
   const ConvTileShape tile{filters, pixels};
+  const bool halo = tile.halo();
   const ConvLayout layout = ConvLayout::of(tile, p.stages, p.slots);
   long wrong = layout.bytes > kSharedBytes || p.stages < 3 || p.slots < 2 || p.ticks < 2 || p.ticks > kMaxTicks ||
-               layout.slots % 1024 || layout.barriers % 8 || p.clusters > p.tiles || p.clusters * cluster > 7;
+               layout.stages % 1024 || layout.slots % 1024 || layout.barriers % 8 || p.clusters > p.tiles || p.clusters * cluster > 7;
 
   std::vector<ConvStep> steps;
   for (ConvStep at{}; static_cast<int>(steps.size()) < p.steps; at.advance(p)) steps.push_back(at);
   size_t step = 0;
   for (int source = 0; source < (second_c ? 2 : 1); ++source) {
     const ConvShape& of = source ? t.second_shape : v;
-    for (int r = 0; r < of.r; ++r)
-      for (int s = 0; s < of.s; ++s)
-        for (int c = 0; c < of.c; c += 64, ++step) {
-          if (step >= steps.size()) return wrong + 1;
-          const ConvStep& at = steps[step];
-          wrong += at.source != source || at.r != r || at.s != s || at.c * 64 != c;
-        }
+    const auto expect = [&](int r, int s, int c) {
+      if (step >= steps.size()) return;
+      const ConvStep& at = steps[step++];
+      wrong += at.source != source || at.r != r || at.s != s || at.c != c;
+    };
+    const int c_steps = (of.c + 63) / 64;
+    for (int i = 0; i < (halo ? of.s : of.r); ++i)
+      for (int j = 0; j < (halo ? c_steps : of.s); ++j)
+        for (int k = 0; k < (halo ? of.r : c_steps); ++k) halo ? expect(k, i, j) : expect(i, j, k);
   }
   wrong += step != steps.size();
 
   std::vector<unsigned char> covered(v.pixels() * v.k, 0);
   emulator::Block block;
-  block.memory.resize(pixels * kSwizzleRow);
-  block.shared = block.memory.data(), block.shared_bytes = pixels * kSwizzleRow;
+  block.memory.resize(tile.pixels_bytes());
+  block.shared = block.memory.data(), block.shared_bytes = tile.pixels_bytes();
   const auto* base = reinterpret_cast<const unsigned char*>(uintptr_t{1} << 20);
   int seen = 0;
   for (int number = 0; number < p.tiles; ++number)
     for (int rank = 0; rank < cluster; ++rank) {
       const auto at = Sm90ConvTile::of(p, number, rank, filters, pixels);
-      for (int m = at.first_pixel; m < at.first_pixel + pixels && m < p.pixels; ++m)
+      for (int i = at.first_pixel; i < at.first_pixel + pixels; ++i) {
+        int64_t m = i;
+        if (halo) {
+          const HaloPlace place = HaloPlace::of(p, i);
+          const int image = place.n + i % kHaloRow / v.w;
+          m = image < v.n && place.h < v.h ? (static_cast<int64_t>(image) * v.h + place.h) * v.w + i % kHaloRow % v.w : -1;
+        }
+        if (m < 0 || m >= p.pixels) continue;
         for (int n = at.first_filter; n < at.first_filter + filters && n < v.k; ++n)
-          ++covered[static_cast<int64_t>(m) * v.k + n];
+          ++covered[m * v.k + n];
+      }
       if (number % p.tiles_k || seen++ % every) continue;
       for (size_t i = 0; i < steps.size(); i += every) {
         const ConvStep& s = steps[i];
         const ConvShape& of = s.source ? t.second_shape : v;
-        const TensorMap map = make_tensor_map(pixels_fields(Type::kBf16, base, of, pixels));
+        const TensorMap map = make_tensor_map(halo ? halo_fields(Type::kBf16, base, of, of.c, pixels / kHaloRow + 2)
+                                                   : pixels_fields(Type::kBf16, base, of, pixels));
         ptx::BoxPlace place{{s.c * 64, at.first_pixel}};
-        if (!is_plain(of)) {
+        const HaloPlace corner = halo ? HaloPlace::of(p, at.first_pixel) : HaloPlace{};
+        if (halo) {
+          place = {{s.c * 64, s.s - 1, corner.n, corner.h - 1}};
+        } else if (!is_plain(of)) {
           const auto w = WindowStart::of(p, p.source[s.source], at.first_pixel);
           place = {{s.c * 64, w.w, w.h, w.n}, {s.s * of.dilation_w, s.r * of.dilation_h}};
         }
         int element = 0;
         ptx::for_box(&block, 0, &map, place, [&](unsigned char* shared, const unsigned char* global) {
           const int row = element / 64, c = s.c * 64 + element % 64, pixel = at.first_pixel + row;
-          const int image = pixel / (v.p * v.q), in_image = pixel % (v.p * v.q);
-          const int h = in_image / v.q * of.stride_h - of.pad_h + s.r * of.dilation_h;
-          const int w = in_image % v.q * of.stride_w - of.pad_w + s.s * of.dilation_w;
-          const bool inside = pixel < p.pixels && c < of.c && h >= 0 && h < of.h && w >= 0 && w < of.w;
+          int image = pixel / (v.p * v.q), in_image = pixel % (v.p * v.q);
+          int h = in_image / v.q * of.stride_h - of.pad_h + s.r * of.dilation_h;
+          int w = in_image % v.q * of.stride_w - of.pad_w + s.s * of.dilation_w;
+          if (halo) {
+            image = corner.n + row % kHaloRow / v.w;
+            h = corner.h - 1 + row / kHaloRow, w = row % kHaloRow % v.w + s.s - 1;
+          }
+          const bool inside = image < of.n && c < of.c && h >= 0 && h < of.h && w >= 0 && w < of.w;
           const long want = inside ? (((static_cast<long>(image) * of.h + h) * of.w + w) * of.c + c) * 2 : -1;
           wrong += (global ? global - base : -1) != want;
           wrong += shared - block.shared != swizzle_128(row, element % 64 / 8) + element % 8 * 2;
           ++element;
         });
-        wrong += element != pixels * 64;
+        wrong += element * 2 != tile.pixels_bytes();
       }
     }
   for (unsigned char count : covered) wrong += count != 1;

@@ -104,6 +104,10 @@ void wgmma(float (&d)[64], uint64_t a, uint64_t b, bool accumulate, T) {
   wgmma_meet<T, 128>({d, nullptr, a, b, accumulate});
 }
 template <class T>
+void wgmma(float (&d)[112], uint64_t a, uint64_t b, bool accumulate, T) {
+  wgmma_meet<T, 224>({d, nullptr, a, b, accumulate});
+}
+template <class T>
 void wgmma(float (&d)[128], uint64_t a, uint64_t b, bool accumulate, T) {
   wgmma_meet<T, 256>({d, nullptr, a, b, accumulate});
 }
