@@ -7,7 +7,10 @@ first use (PEP 562).
 
 import importlib
 
+from fastres import env as env
 from fastres import ops as ops
+
+env.start_log()
 
 __version__ = "0.1.0"
 

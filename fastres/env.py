@@ -1,7 +1,7 @@
 """Every environment variable that fastres reads, in one place.
 
-They are read when asked for, never at import: a test or a launcher may set them late. A value that cannot be
-understood raises a ValueError naming the variable, what it holds and what it takes.
+They are read when asked for, so that a test or a launcher may set them late; FASTRES_LOG alone at import. A value that
+cannot be understood raises a ValueError naming the variable, what it holds and what it takes.
 """
 
 import logging
@@ -41,12 +41,19 @@ def backends() -> tuple[str, ...] | None:
     return tuple(name.strip() for name in value.split(",") if name.strip()) if value else None
 
 
-def log_level() -> int:
-    """Level for the `fastres` logger, as a number of the logging module."""
-    value = _read("FASTRES_LOG") or "warning"
+def start_log() -> None:
+    """Gives the `fastres` logger the level that FASTRES_LOG asks for, and a handler if it has none."""
+    value = _read("FASTRES_LOG")
+    if value is None:
+        return
     if value.lower() not in _LEVELS:
         raise ValueError(f"FASTRES_LOG is {value!r}, it takes one of {', '.join(_LEVELS)}")
-    return getattr(logging, value.upper())
+    logger = logging.getLogger("fastres")
+    logger.setLevel(value.upper())
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
 
 
 def may_build() -> bool:

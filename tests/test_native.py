@@ -7,6 +7,7 @@ import re
 import shutil
 import stat
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -328,11 +329,20 @@ def test_environment_variables_are_read_late_and_refused_by_name(monkeypatch, tm
     assert env.backends() == ("onednn", "reference")
     monkeypatch.setenv("FASTRES_CUDA_ARCH", "8.0;9.0a")
     assert env.cuda_arch() == ("8.0", "9.0a")
-    monkeypatch.setenv("FASTRES_LOG", "Debug")
-    assert env.log_level() == 10
     monkeypatch.setenv("FASTRES_LOG", "loud")
     with pytest.raises(ValueError, match="FASTRES_LOG is 'loud', it takes one of debug, info"):
-        env.log_level()
+        env.start_log()
+
+
+def test_the_log_is_as_loud_as_the_environment_says():
+    script = "import logging, fastres; [logging.getLogger('fastres.native').log(n, 'said %s', n) for n in (10, 20, 30)]"
+    for level, loudest in (("Info", ("20", "30")), ("error", ()), ("", ("30",))):
+        env_ = os.environ | {"FASTRES_LOG": level}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=env_, capture_output=True, text=True, check=True
+        )
+        said = [line.rsplit(" ", 1)[1] for line in done.stderr.splitlines() if "said" in line]
+        assert said == list(loudest), (level, done.stderr)
 
 
 def test_every_variable_that_the_code_reads_is_listed():

@@ -40,10 +40,6 @@ class LayerParameters:
             case Normalize():
                 self.mean, self.std = torch.tensor(node.mean), torch.tensor(node.std)
 
-    @property
-    def has_bn(self) -> bool:
-        return self._bn is not None
-
     @torch.no_grad()
     def scale_shift(self) -> tuple[Tensor, Tensor]:
         """(scale [K], shift [K]) with act(scale * conv(x, weight) + shift): BN and the layer's bias, fp32 or fp64."""

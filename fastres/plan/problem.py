@@ -277,9 +277,7 @@ class Problem:
     def bytes(self) -> int:
         """The least that must move: each input that is read, each output and each weight once."""
         size = self.dtype.itemsize
-        total = sum(
-            math.prod(self.input_shape(name)) * self.input_dtype(name).itemsize for name in self.inputs
-        )
+        total = sum(self._elements_read(name) * self.input_dtype(name).itemsize for name in self.inputs)
         total += sum(math.prod(self.output_shape(role)) for role in self.outputs) * size
         return total + sum(spec.weight_elements for _, spec in self.layers) * size
 

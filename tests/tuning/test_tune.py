@@ -18,7 +18,7 @@ from fastres.plan.planner import table_cost
 from fastres.plan.problem import ConvSpec, Problem
 from fastres.plan.target import detect
 from fastres.tuning import table, tune
-from fastres.tuning.config import Config, from_dict, to_dict
+from fastres.tuning.config import Config
 from fastres.tuning.workers import Answer, ask
 
 CPU = torch.device("cpu")
@@ -239,13 +239,3 @@ def test_nothing_is_begun_when_the_time_is_up_and_what_was_measured_is_kept(regi
         (row,) = csv.DictReader(file)
     assert (row["candidate"], row["ms"], row["config"]) == ("fake.a", "0.500000", "rounds=2 broken=0")
     assert row["torch"] == torch.__version__
-
-
-def test_configurations_survive_json(registry):
-    fake = registry.register(Fake("fake.a"))
-    config = Work(20)
-    assert Work.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert from_dict(fake, problem(), TARGET, to_dict(config)) == config
-    assert from_dict(fake, problem(), TARGET, {"another": 1}) == Fake.choices[0]
-    with pytest.raises(ValueError, match="another"):
-        Work.from_dict({"another": 1})
