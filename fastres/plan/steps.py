@@ -206,7 +206,8 @@ def activation_strides(x: Tensor, planar: bool) -> tuple[int, ...]:
 def as_activation(x: Tensor, dtype: torch.dtype, planar: bool = False) -> Tensor:
     """x in `dtype`, dense in channels_last (4 dimensions) or row-major strides; `planar`: contiguous is taken too."""
     wanted = activation_strides(x, planar)
-    if x.dtype == dtype and x.stride() == wanted:
+    # Kernels are promised 16-byte alignment, which a view that starts anywhere need not have.
+    if x.dtype == dtype and x.stride() == wanted and x.data_ptr() % 16 == 0:
         return x
     made = torch.empty_strided(x.shape, wanted, dtype=dtype, device=x.device)
     return made.copy_(x)

@@ -17,6 +17,7 @@ from fastres.plan.constants import Constants
 from fastres.plan.context import Context
 from fastres.plan.planner import Cost, make_plan
 from fastres.plan.specs import propagate
+from fastres.plan.steps import as_activation
 from fastres.plan.target import detect
 from tests.graph.nets import Net, close, conv_bn, image, randomised
 
@@ -408,3 +409,12 @@ def test_constants_are_renewed_in_place_and_the_parameters_memory_is_never_writt
 
 def test_the_registry_is_as_it_was():
     assert not [name for name in REGISTRY.candidates if name.startswith(("fake", "writing", "failing"))]
+
+
+def test_kernels_get_aligned_inputs_whatever_view_comes_in():
+    flat = torch.randn(1 + 2 * 4 * 3 * 3)
+    for start, copied in ((0, False), (1, True)):
+        x = flat[start : start + 72].view(2, 3, 3, 4).permute(0, 3, 1, 2)
+        made = as_activation(x, torch.float32)
+        assert torch.equal(made, x) and made.data_ptr() % 16 == 0
+        assert (made is not x) == copied
