@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import env, native
+from .. import env
 
 NAMES = (
     "add_relu",
@@ -74,8 +74,12 @@ def _load(backend: Backend, name: str, dtype: torch.dtype) -> tuple[Callable | N
         module = importlib.import_module(backend.module)
     except ImportError as error:
         return None, f"cannot be imported: {error}"
-    if backend.library and (reason := native.available(backend.library)):
-        return None, reason
+    if backend.library:
+        # Here, so that `python -m fastres.native` does not find itself imported already.
+        from .. import native
+
+        if reason := native.available(backend.library):
+            return None, reason
     if hasattr(module, "why_not") and (reason := module.why_not(dtype)):
         return None, reason
     function = getattr(module, name, None)

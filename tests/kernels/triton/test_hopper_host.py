@@ -17,7 +17,7 @@ from hopper_machine import Machine
 from problems import H100, check_candidate, conv_problem, network_problems, problem_of, random_problems
 
 from fastres.activation import IDENTITY, RELU, Activation
-from fastres.backends import triton_hopper, triton_hopper_common  # noqa: F401
+from fastres.backends.triton_hopper import base
 from fastres.plan.candidate import REGISTRY
 from fastres.plan.pattern import DUAL, EXPAND_REDUCE, SHIFTED_BLOCK, STEM_POOL
 from fastres.plan.problem import ConvSpec, NormalizeSpec, PoolSpec
@@ -51,7 +51,7 @@ def machine(monkeypatch):
         control.runs.append((call, ran))
         control.seed += 1
 
-    monkeypatch.setattr(triton_hopper_common.Call, "__call__", run)
+    monkeypatch.setattr(base.Call, "__call__", run)
     return control
 
 
@@ -64,7 +64,7 @@ def check(machine, name, problem, config=None, integers=True, runs=2, planar=Fal
     check_candidate(candidate, problem, config, integers=integers, runs=runs, planar=planar)
     assert machine.runs
     for _, ran in machine.runs:
-        assert ran.shared_bytes <= triton_hopper_common.SHARED_MEMORY // max(1, getattr(config, "per_sm", 1))
+        assert ran.shared_bytes <= base.SHARED_MEMORY // max(1, getattr(config, "per_sm", 1))
         for times in ran.written.values():
             inside = times[times > 0]
             assert inside.numel() and bool((inside == 1).all()), (
@@ -110,7 +110,7 @@ CONFIGS = {
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_conv_bn_act_keeps_its_rings_in_order(machine, config, residual, seed):
-    from fastres.backends.triton_hopper_conv import GemmConfig
+    from fastres.backends.triton_hopper.tiling import GemmConfig
 
     machine.seed = 100 * seed
     problem = conv_problem(4, 128, 14, 14, 128, 1, BF16, act=RELU, residual=residual)
@@ -119,7 +119,7 @@ def test_conv_bn_act_keeps_its_rings_in_order(machine, config, residual, seed):
 
 @pytest.mark.parametrize("consumers", [1, 2])
 def test_conv_bn_act_skips_taps_in_the_padding(machine, consumers):
-    from fastres.backends.triton_hopper_conv import GemmConfig
+    from fastres.backends.triton_hopper.tiling import GemmConfig
 
     problem = conv_problem(70, 64, 3, 4, 64, 3, BF16, act=RELU)
     config = GemmConfig(64, 64, stages=4, consumers=consumers, skip=True)
@@ -149,7 +149,7 @@ def dual(n, c, ch, h, w, k, stride, act=RELU):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("consumers", [1, 2])
 def test_dual_adds_the_projected_shortcut(machine, stride, consumers, seed):
-    from fastres.backends.triton_hopper_conv import GemmConfig
+    from fastres.backends.triton_hopper.tiling import GemmConfig
 
     machine.seed = 100 * seed
     config = GemmConfig(64, 64, stages=3, consumers=consumers)
@@ -243,7 +243,7 @@ def stem(n, h, w, dtype=BF16, u8=False):
 )
 @pytest.mark.parametrize(("dtype", "rows"), [(BF16, 3), (torch.float16, 56)], ids=["bf16", "fp16"])
 def test_stem_pool_is_exact_on_whole_numbers(machine, n, h, w, planar, dtype, rows):
-    from fastres.backends.triton_hopper_stem import StemConfig
+    from fastres.backends.triton_hopper.stem_pool import StemConfig
 
     check(machine, "hopper.stem_pool", stem(n, h, w, dtype), StemConfig(rows), planar=planar)
 
@@ -348,7 +348,7 @@ BROKEN = {
 @pytest.mark.parametrize(("old", "new"), BROKEN.values(), ids=BROKEN.keys())
 def test_the_machine_shows_broken_synchronisation(machine, monkeypatch, old, new):
     """The checks above can fail: a consumer without one of its guards goes wrong in some order of events."""
-    from fastres.backends.triton_hopper_conv import GemmConfig
+    from fastres.backends.triton_hopper.tiling import GemmConfig
     from fastres.kernels.triton import hopper_conv_bn_act as kernels
 
     monkeypatch.setattr(kernels.consumer, "fn", _without(kernels.consumer.fn, old, new))

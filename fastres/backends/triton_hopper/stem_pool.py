@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastres.activation import RELU
-from fastres.backends.triton_hopper_common import Call, HopperCandidate, memory
+from fastres.backends.triton_hopper.base import Call, HopperCandidate, memory
 from fastres.graph.fold import LayerParameters
 from fastres.plan.candidate import Buffers, register
 from fastres.plan.pattern import STEM_POOL

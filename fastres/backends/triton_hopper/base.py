@@ -16,6 +16,8 @@ from fastres.plan.problem import ConvSpec, Problem, Target, dtype_name
 
 # 227 KB a block on compute capability 9.0 (CUDA C++ Programming Guide, table of compute capabilities).
 SHARED_MEMORY = 232_448
+# Bytes of barriers and tickets, and what alignment costs: an upper bound.
+BARRIERS = 1024
 # Constants that tiles read past the last channel are padded to a multiple of the widest tile.
 _PADDED = 256
 
@@ -166,4 +168,14 @@ def prepare_layers(
         role: prepare_layer(parameters[role], problem.dtype, slab)
         for role, spec in problem.layers
         if isinstance(spec, ConvSpec)
+    }
+
+
+def layer_arguments(spec: ConvSpec, layer: Layer, suffix: str) -> dict:
+    """A layer's epilogue, as the kernels' parameters of that suffix."""
+    return {
+        f"scale_{suffix}": layer.scale,
+        f"shift_{suffix}": layer.shift,
+        f"slope_{suffix}": float(spec.act.param),
+        f"ACT_{suffix.upper()}": spec.act.code,
     }

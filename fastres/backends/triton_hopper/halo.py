@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from fastres.backends.triton_hopper_common import (
+from fastres.backends.triton_hopper.base import (
     Call,
     HopperCandidate,
     Layer,
