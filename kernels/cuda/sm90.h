@@ -23,6 +23,11 @@ FASTRES_BOTH constexpr uint64_t matrix_descriptor(uint32_t address) {
 // 16 elements further along the depth.
 constexpr uint64_t kDescriptorStep = 32 >> 4;
 
+// --- warp roles
+
+// Registers a thread that a block starts with (a multiple of eight); setmaxnreg only moves them among its warps.
+FASTRES_BOTH constexpr int start_registers(int threads) { return 65536 / threads / 8 * 8; }
+
 // --- TMA
 
 struct alignas(64) TensorMap {

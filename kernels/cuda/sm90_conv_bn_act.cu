@@ -22,7 +22,7 @@ namespace {
 
 constexpr int kThreads = 128 * (1 + kConvGroups);
 constexpr int kLoaderRegisters = 40, kGroupRegisters = 232;
-static_assert(128 * (kLoaderRegisters + kConvGroups * kGroupRegisters) <= 65536);
+static_assert(128 * (kLoaderRegisters + kConvGroups * kGroupRegisters) <= start_registers(kThreads) * kThreads);
 static_assert(kLastSimple == kRelu);
 constexpr int kReaders = 1 + kConvGroups + 4 * kConvGroups;  // of a ticket, in a block: loader, residuals, warps
 

@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kThreads = 128 * (1 + kBlockGroups);
 constexpr int kLoaderRegisters = 40, kGroupRegisters = 232;
-static_assert(128 * (kLoaderRegisters + kBlockGroups * kGroupRegisters) <= 65536);
+static_assert(128 * (kLoaderRegisters + kBlockGroups * kGroupRegisters) <= start_registers(kThreads) * kThreads);
 
 // A ring of slots between one loader and one group: the n-th use of it.
 struct Turn {

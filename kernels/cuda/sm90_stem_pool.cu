@@ -20,9 +20,8 @@ namespace fastres {
 namespace {
 
 constexpr int kThreads = 128 + 32 * kStemWarps;
-// A block of 384 threads starts with 168 registers each; setmaxnreg only moves them.
 constexpr int kLoaderRegisters = 88, kGroupRegisters = 208;
-static_assert(128 * kLoaderRegisters + 32 * kStemWarps * kGroupRegisters <= 168 * kThreads);
+static_assert(128 * kLoaderRegisters + 32 * kStemWarps * kGroupRegisters <= start_registers(kThreads) * kThreads);
 static_assert(kStemLoaders * 32 == 128, "setmaxnreg is for whole groups of four warps");
 
 struct Turn {
