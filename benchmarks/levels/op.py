@@ -1,9 +1,9 @@
-"""Ops: add_relu, bn_act forward and backward, conv_bn_act."""
+"""Ops: add_relu, bn_act forward and backward, conv_bn_act, conv_stats."""
 
 from __future__ import annotations
 
 from benchmarks.case import Case
-from benchmarks.ops import add_relu, bn_act, conv_bn_act
+from benchmarks.ops import add_relu, bn_act, conv_bn_act, conv_stats
 from benchmarks.scope import Scope
 from benchmarks.shapes import Layer
 from fastres.activation import RELU
@@ -30,5 +30,6 @@ def cases(scope: Scope) -> list[Case]:
                     bn_act.case(shape, dtype, scope.device, backward=False),
                     bn_act.case(shape, dtype, scope.device, backward=True),
                     conv_bn_act.case(layer, batch, dtype, scope.device, level="op"),
+                    conv_stats.case((batch, spec.c, size, size), channels, dtype, scope.device),
                 ]
     return found

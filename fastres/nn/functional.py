@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..activation import IDENTITY, RELU, Activation
-from ..ops import primitives
+from ..ops.conv_stats import kernel_for
 
 _ACTIVATIONS = {
     nn.Identity: lambda m: IDENTITY,
@@ -147,10 +147,11 @@ def _has_fixed_statistics(bn: nn.Module) -> bool:
 
 
 def _takes_statistics(x: Tensor, conv: nn.Conv2d, bn: nn.Module) -> bool:
-    """Whether a convolution kernel that emits the batch's statistics can run, and they are wanted."""
+    """Whether the batch's statistics are wanted, and a kernel that emits them with the convolution is worth it."""
     if torch.compiler.is_compiling() or not is_plain(bn, *_BATCH_NORMS) or _has_fixed_statistics(bn):
         return False
-    return conv.bias is None and primitives.find("conv_stats", x) is not None
+    geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv.bias is None and x.dim() == 4 and kernel_for(x, conv.weight, *geometry) is not None
 
 
 def _finish(y: Tensor, residual: Tensor | None, act: Activation | nn.Module) -> Tensor:

@@ -7,7 +7,7 @@ feed `bn_act(statistics=...)`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ def conv_stats(
 
     Returns:
         y [N, K, P, Q] in channels_last memory, dtype of x; mean and variance [K] in fp32 (fp64 for fp64).
-        Only y is
-        differentiable: `bn_act` counts the statistics into its own gradient.
+        Only y is differentiable: `bn_act` counts the statistics into its own gradient. They are those of y, or,
+        where a kernel emits them, of y before it was rounded to its dtype.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or y would have no pixels.
@@ -46,12 +46,21 @@ def conv_stats(
     )
 
 
+def kernel_for(x: Tensor, weight: Tensor, *geometry) -> Callable | None:
+    """The primitive that computes this convolution with its statistics and is believed to be no slower than two
+    passes; None: the convolution, then `bn_stats`. `geometry`: stride, padding, dilation, groups."""
+    takes = primitives.find("conv_stats_takes", x)
+    if takes is None or not x.numel() or not takes(x, weight, *geometry):
+        return None
+    return primitives.find("conv_stats", x)
+
+
 def _impl(x, weight, stride, padding, dilation, groups: int):
     shape = output_shape(x, weight, stride, padding, dilation, groups)
     x = x.contiguous(memory_format=torch.channels_last)
     mean, var = (x.new_empty(shape[1], dtype=stat_dtype(x)) for _ in range(2))
-    kernel = primitives.find("conv_stats", x)
-    if kernel is not None and shape[0]:
+    kernel = kernel_for(x, weight, stride, padding, dilation, groups)
+    if kernel is not None:
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         kernel(x, weight, stride, padding, dilation, groups, out, mean, var)
         return out, mean, var

@@ -24,10 +24,11 @@ NAMES = (
     "bn_act_backward_reduce",
     "bn_act_backward",
 )
-# conv_stats(x, weight, stride, padding, dilation, groups, out, mean, var): out = conv2d(x, weight), and the
-# mean and biased variance of every channel of out from the epilogue, before out is rounded. Only where a
-# kernel has it.
-OPTIONAL = ("conv_stats",)
+# Only where a kernel has them. conv_stats(x, weight, stride, padding, dilation, groups, out, mean, var):
+# out = conv2d(x, weight), and the mean and biased variance of every channel of out from the epilogue, before
+# out is rounded. conv_stats_takes(x, weight, stride, padding, dilation, groups) -> bool: it can, and is believed
+# to be no slower than the convolution and bn_stats. Who has one has both.
+OPTIONAL = ("conv_stats", "conv_stats_takes")
 
 
 class Backend(NamedTuple):

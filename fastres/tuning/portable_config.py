@@ -123,6 +123,19 @@ def _implicit(spec: ConvSpec, m: int, size: int, target: Target, shared: int) ->
     return found
 
 
+def conv_stats_config(spec: ConvSpec, size: int, target: Target, shared: int, aligned: bool) -> ConvConfig:
+    """Of `conv_stats`, a 1x1 of stride 1 with `size` bytes an element; `aligned`: every matrix starts and steps
+    by 16 bytes. Tiles are those of `conv_bn_act` (unmeasured here) with at most 64 accumulators a thread: the
+    sums take as many registers again, and on sm_100, where a thread holds a row, three times as many."""
+    most = 64 if target.capability < 100 else 32
+    m = spec.n * spec.p * spec.q
+    found = []
+    if aligned and target.capability >= 90:
+        found = _stationary(spec, m, size, shared) + _persistent(spec, m, size, shared, target)
+    found += _implicit(spec, m, size, target, shared)
+    return next(config for config in found if config.block_m * config.block_n <= most * 32 * config.num_warps)
+
+
 def _depthwise(spec: ConvSpec) -> list[ConvConfig]:
     """Unmeasured: 16-byte loads along the channels, and enough pixels to keep 128 threads busy."""
     block_c = min(64, _pow2(spec.c))

@@ -7,16 +7,20 @@ what is compiled is what will run. Tensors may be on the meta device. For Triton
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+
+from fastres import env
 
 # Bytes of shared memory that one block may take, by compute capability (CUDA programming guide).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -118,3 +122,21 @@ def candidate_calls(candidate: Any, problem: Any, config: Any, planar: bool = Fa
     counters = torch.empty(candidate.counters(problem, config), dtype=torch.int32, device="meta")
     workspace = torch.empty(candidate.workspace(problem, config), dtype=torch.uint8, device="meta")
     return candidate.calls(problem, config, Buffers(tensors, counters, workspace), constants)
+
+
+def on_triton36(tests: list[str]) -> None:
+    """Run gates, by their pytest ids, on Triton 3.6 in a process of its own; skips where that is not to be had."""
+    if triton.__version__.startswith("3.6."):
+        pytest.skip("this is Triton 3.6")
+    folder = env.triton36()
+    if folder is None:
+        pytest.skip("FASTRES_TRITON36 names no folder with Triton 3.6")
+    paths = os.pathsep.join((str(folder), *filter(None, [os.environ.get("PYTHONPATH")])))
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-v", "-m", "gate", "-n", "0", *tests],
+        env={**os.environ, "PYTHONPATH": paths},
+        cwd=env.__file__.rsplit("fastres", 1)[0],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0 and f"{len(tests)} passed" in ran.stdout, ran.stdout + ran.stderr

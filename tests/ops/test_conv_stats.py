@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastres import ops
-from fastres.nn import functional
+from fastres.nn import Bottleneck, functional
 from fastres.ops import primitives
 
 
@@ -38,31 +38,67 @@ def test_empty_batch():
     assert y.shape == (0, 4, 3, 3) and torch.equal(mean, torch.zeros(4))
 
 
-def test_a_kernel_that_emits_statistics_is_used_in_training(monkeypatch):
-    """A stand-in for such a kernel: the layer must take its statistics, and give the same step."""
+@pytest.fixture
+def kernel(monkeypatch):
+    """A stand-in for a kernel that takes 1x1 convolutions alone; the list of what it was called with."""
     calls = []
 
-    def kernel(x, weight, stride, padding, dilation, groups, out, mean, var):
-        calls.append(tuple(x.shape))
+    def conv_stats(x, weight, stride, padding, dilation, groups, out, mean, var):
+        calls.append(tuple(weight.shape))
         out.copy_(F.conv2d(x, weight, None, stride, padding, dilation, groups))
         mean.copy_(out.mean([0, 2, 3]))
         var.copy_(out.var([0, 2, 3], correction=0))
 
-    conv, bn = nn.Conv2d(4, 6, 3, bias=False).double(), nn.BatchNorm2d(6).double()
+    def conv_stats_takes(x, weight, *geometry):
+        return weight.shape[2:] == (1, 1)
+
+    own, find = {"conv_stats": conv_stats, "conv_stats_takes": conv_stats_takes}, primitives.find
+    monkeypatch.setattr(primitives, "find", lambda name, x: own.get(name) or find(name, x))
+    return calls
+
+
+def test_a_kernel_that_emits_statistics_is_used_in_training(request):
+    """The layer must take its statistics, and give the same step."""
+    conv, bn = nn.Conv2d(4, 6, 1, bias=False).double(), nn.BatchNorm2d(6).double()
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
-    results, find = [], primitives.find
+    results = []
     for with_kernel in (False, True):
-        if with_kernel:
-            monkeypatch.setattr(
-                primitives, "find", lambda name, x: kernel if name == "conv_stats" else find(name, x)
-            )
+        calls = request.getfixturevalue("kernel") if with_kernel else []
         bn.reset_running_stats()
         conv.zero_grad()
         out = functional.conv_bn_act(x, conv, bn)
         out.square().sum().backward()
         results.append((out, conv.weight.grad.clone(), bn.running_var.clone()))
-    assert calls == [(2, 4, 6, 6)]
+    assert calls == [(6, 4, 1, 1)]
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+
+
+def test_what_a_kernel_does_not_take_stays_a_convolution(kernel, monkeypatch):
+    monkeypatch.setattr(ops, "conv_stats", None)  # the layer must not come here
+    x = torch.randn(2, 4, 6, 6)
+    for conv in (nn.Conv2d(4, 6, 3, bias=False), nn.Conv2d(4, 6, 1, bias=True)):
+        bn = nn.BatchNorm2d(6)
+        want = bn(conv(x)).relu()
+        torch.testing.assert_close(functional.conv_bn_act(x, conv, bn), want, rtol=1e-5, atol=1e-5)
+    empty = functional.conv_bn_act(x[:0], nn.Conv2d(4, 6, 1, bias=False), bn)
+    assert empty.shape == (0, 6, 6, 6) and not kernel
+
+
+def test_the_op_itself_asks_too(kernel):
+    x, weight = torch.randn(2, 4, 6, 6), torch.randn(6, 4, 3, 3)
+    y, mean, _ = ops.conv_stats(x, weight)
+    torch.testing.assert_close(mean, y.mean([0, 2, 3]), rtol=1e-5, atol=1e-6)
+    assert not kernel
+    ops.conv_stats(x, weight[..., :1, :1])
+    assert kernel == [(6, 4, 1, 1)]
+
+
+def test_a_bottleneck_takes_it_for_its_first_and_last_convolution(kernel):
+    block = Bottleneck(16, 4).train()
+    block(torch.randn(2, 16, 6, 6)).sum().backward()
+    assert kernel == [(4, 16, 1, 1), (16, 4, 1, 1)]
+    block.eval()(torch.randn(2, 16, 6, 6))
+    assert len(kernel) == 2
 
 
 def test_bad_input_is_refused_by_name():

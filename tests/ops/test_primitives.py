@@ -1,5 +1,7 @@
 """Which backend computes a primitive, and what the registry says about the others."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -13,6 +15,15 @@ def test_every_primitive_has_pytorchs_arithmetic_as_its_last_candidate():
             rows = primitives.candidates(name, device, torch.float32)
             assert rows[-1] == ("torch", getattr(torch_primitives, name), None)
             assert all((function is None) != (reason is None) for _, function, reason in rows)
+
+
+def test_a_backend_with_one_optional_primitive_has_all_of_them():
+    for backend in primitives.BACKENDS:
+        try:
+            module = importlib.import_module(backend.module)
+        except ImportError:
+            continue
+        assert len({hasattr(module, name) for name in primitives.OPTIONAL}) == 1, backend.name
 
 
 def test_a_pinned_backend_computes_and_the_others_say_why_not():

@@ -14,7 +14,14 @@ import torch
 from problems import H100, NETWORKS, network_problems
 
 pytest.importorskip("triton", reason="Triton cannot be imported")
-from compile_only import SHARED_LIMIT, Compiled, candidate_calls, compile_for, specialization
+from compile_only import (
+    SHARED_LIMIT,
+    Compiled,
+    candidate_calls,
+    compile_for,
+    on_triton36,
+    specialization,
+)
 
 from fastres.backends import triton_ops, triton_portable  # noqa: F401 (registers)
 from fastres.plan.candidate import REGISTRY
@@ -156,3 +163,39 @@ def test_training_primitives(capability, monkeypatch):
             ):
                 assert "ld.global.v4.b32" in compiled.ptx, compiled.name
         recorded.clear()
+
+
+# Weights resident, a loop over the reduction, and rows that descriptors cannot step by.
+CONV_STATS = [(64, 256, 56), (512, 128, 28), (17, 100, 28)]
+
+
+@pytest.mark.gate
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_conv_stats(capability, monkeypatch):
+    recorded = []
+    monkeypatch.setattr(
+        triton_ops,
+        "_launch",
+        lambda kernel, programs, *args, **options: recorded.append((kernel, args, options)),
+    )
+    monkeypatch.setattr(triton_ops, "_target", lambda x: replace(H100, arch=f"sm{capability}"))
+    for c, k, size in CONV_STATS:
+        x, out = (
+            torch.empty(256, channels, size, size, dtype=torch.bfloat16, device="meta").contiguous(
+                memory_format=torch.channels_last
+            )
+            for channels in (c, k)
+        )
+        weight = torch.empty(k, c, 1, 1, dtype=x.dtype, device="meta")
+        statistics = (torch.empty(k, device="meta") for _ in "mv")
+        triton_ops.conv_stats(x, weight, (1, 1), (0, 0), (1, 1), 1, out, *statistics)
+        (kernel, args, options), _merge = recorded
+        recorded.clear()
+        compiled = compile_for(capability, kernel, dict(zip(kernel.arg_names, args, strict=True)), **options)
+        assert compiled.stack == 0 and compiled.tensor_cores, (c, k, compiled)
+        assert compiled.shared <= SHARED_LIMIT[capability], (c, k, compiled.shared)
+
+
+@pytest.mark.gate
+def test_conv_stats_on_triton_3_6():
+    on_triton36([f"{__file__}::test_conv_stats[{capability}]" for capability in (80, 90, 100)])

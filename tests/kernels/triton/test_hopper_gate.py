@@ -1,18 +1,14 @@
 """The Hopper kernels compile for sm_90 as the networks' layers would launch them, on this Triton and on
 3.6: wgmma, no spilled register, shared memory within the limit. No GPU is needed."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import triton
-from compile_only import SHARED_LIMIT, compile_for, specialization
+from compile_only import SHARED_LIMIT, compile_for, on_triton36, specialization
 from problems import H100, NETWORKS, make_nodes, network_problems
 
-from fastres import env
 from fastres.backends import triton_hopper  # noqa: F401
 from fastres.graph.fold import LayerParameters
 from fastres.plan.candidate import REGISTRY, Buffers
@@ -115,20 +111,7 @@ def test_every_configuration_that_tuning_tries_on_resnet50(candidate):
 @pytest.mark.parametrize("half", [0, 1])
 def test_the_same_on_triton_3_6(half):
     """In one process a half: starting one takes as long as compiling several kernels."""
-    if HERE == (3, 6):
-        pytest.skip("this is Triton 3.6")
-    folder = env.triton36()
-    if folder is None:
-        pytest.skip("FASTRES_TRITON36 names no folder with Triton 3.6")
     tests = [f"{__file__}::test_heuristic_configurations_of_resnet50[{c}-{half}]" for c in HOPPER]
     if half:
         tests.append(f"{__file__}::test_stem_in_the_callers_order_and_type[nchw-]")
-    paths = os.pathsep.join((str(folder), *filter(None, [os.environ.get("PYTHONPATH")])))
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-v", "-m", "gate", "-n", "0", *tests],
-        env={**os.environ, "PYTHONPATH": paths},
-        cwd=env.__file__.rsplit("fastres", 1)[0],
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0 and f"{len(tests)} passed" in ran.stdout, ran.stdout + ran.stderr
+    on_triton36(tests)
