@@ -76,9 +76,12 @@ def watched() -> bool:
 
 def plannable(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call may run as a plan: eval mode, no gradient wanted, ordinary tensors, no transform watching."""
+    # First, and alone: torch 2.11's compiler cannot read a ContextVar.
+    if torch.compiler.is_compiling():
+        return False
     if module.training or kwargs or not inputs or _unplanned.get():
         return False
-    if torch.compiler.is_compiling() or torch.jit.is_scripting() or torch.jit.is_tracing():
+    if torch.jit.is_scripting() or torch.jit.is_tracing():
         return False
     if not all(type(x) in (Tensor, nn.Parameter) for x in inputs):
         return False

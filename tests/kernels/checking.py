@@ -16,6 +16,8 @@ from fastres.plan.problem import ConvSpec, LinearSpec, NormalizeSpec, PoolSpec, 
 MEAN, STD = (0.485, 0.456, 0.406, 0.5), (0.229, 0.224, 0.225, 0.25)
 _BY_NAME = {pattern.name: pattern for pattern in PATTERNS}
 _ONE_ROUNDING = ("conv_bn_act", "linear", "stem_pool", "global_avg_pool", "max_pool")
+# Of whole-number problems: variance + eps is 1, exactly (torch before 2.14 refuses an eps of 0).
+_EPS = 2.0**-10
 _EXACT = ("identity", "relu", "relu6")
 
 
@@ -47,10 +49,11 @@ def make_nodes(problem: Problem, device, seed: int = 0, integers: bool = False) 
                 fill(conv.bias, -1, 1)
             bn = None
             if spec.affine:
-                bn = nn.BatchNorm2d(spec.k, eps=0.0 if integers else 1e-5).eval()
+                bn = nn.BatchNorm2d(spec.k, eps=_EPS if integers else 1e-5).eval()
                 fill(bn.running_mean, -0.5, 0.5)
                 fill(bn.bias, -0.5, 0.5)
                 if integers:
+                    bn.running_var.fill_(1 - _EPS)
                     bn.weight.data.copy_(2.0 ** torch.randint(-1, 2, (spec.k,), generator=generator))
                 else:
                     fill(bn.running_var, 0.5, 2.0)
