@@ -179,7 +179,7 @@ def test_the_command_tunes_on_this_machine(tmp_path, monkeypatch):
         "--batch",
         "1",
         "--size",
-        "64",  # at 32 the last stage has one pixel, where torch 2.11's oneDNN call refuses a residual: a reason, no crash
+        "64",  # at 32 the last stage has one pixel: there torch 2.11's oneDNN call refuses a residual
         "--device",
         "cpu",
         "--candidates",
