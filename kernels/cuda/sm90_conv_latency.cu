@@ -10,7 +10,7 @@
 
 #include "conv_latency.h"
 #include "epilogue.cuh"
-#include "ptx_sm90.cuh"
+#include "wgmma.cuh"
 
 namespace fastres {
 namespace {

@@ -10,8 +10,8 @@
 #include <algorithm>
 
 #include "activation.cuh"
-#include "ptx_sm90.cuh"
 #include "shifted_block.h"
+#include "wgmma.cuh"
 
 namespace fastres {
 namespace {

@@ -1,7 +1,7 @@
 // wgmma over 224 and 256 columns: d[64 x N] += a[64 x 16] b[16 x N], a in shared memory or (256), as mma's, in registers.
 #pragma once
 
-#include "ptx_sm90.cuh"
+#include "wgmma.cuh"
 
 #ifndef FASTRES_EMULATOR
 namespace fastres::ptx {
