@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import _C
+from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version as count_versions
 
 LIB = torch.library.Library("fastres", "FRAGMENT")
@@ -76,6 +77,8 @@ def _on_autograd_key(op: torch._ops.OpOverload, autograd: Callable | None) -> Ca
             if autograd is None:
                 raise RuntimeError(f"{op}: has no derivative, but an input requires a gradient")
             return autograd(below, *args)
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
+            raise RuntimeError(f"{op}: has no forward-mode derivative, but an input has a tangent")
         return below(*args)
 
     return kernel
@@ -93,14 +96,21 @@ def _on_autocast_key(op: torch._ops.OpOverload, autocast: Callable, device: str)
     return kernel
 
 
+def _has_tangent(arg: object) -> bool:
+    return isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None
+
+
 def unwatched(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether an op may be computed without the dispatcher, because nobody would see the difference.
 
     The dispatcher enters Python twice a call, which costs about as much as all else that the host does.
     False for subclasses and meta tensors, under torch.compile, tracing, function transforms, dispatch and
-    function modes, and where a profiler wants the op's name. Autocast is the caller's affair.
+    function modes, in forward-mode differentiation, and where a profiler wants the op's name. Autocast is the
+    caller's affair.
     """
     if torch.compiler.is_compiling() or type(x) not in _ORDINARY or x.device.type not in ("cpu", "cuda"):
+        return False
+    if forward_ad._current_level >= 0:
         return False
     if _C._len_torch_dispatch_stack() or _C._len_torch_function_stack():
         return False

@@ -11,7 +11,7 @@ import torch
 from fastres.plan.problem import Target
 
 # Copy bandwidth (read + written), bandwidth of the L2, matmul rates. H100: measured on an H100 80GB HBM3 (torch 2.11,
-# CUDA 13.0); the floors use 3.0 TB/s and 750 TFLOP/s. H200: copy and matmul measured, the L2 is the H100's. A100:
+# CUDA 13.0); the floors use 3.0 TB/s and 750 TFLOP/s. H200: as reported for one by others, the L2 is the H100's. A100:
 # NVIDIA's data sheet, not measured; half of its L2's.
 _RATES = {
     "H100": (3.0e12, 5.5e12, (("bf16", 7.5e14), ("fp16", 7.5e14), ("fp32", 3.5e14))),

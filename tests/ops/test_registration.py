@@ -148,3 +148,15 @@ def test_ops_without_a_second_formula_refuse_instead_of_returning_wrong_gradient
     vectors = torch.zeros(4), torch.ones(4)
     with pytest.raises(RuntimeError, match=r"bn_act_backward.*has no derivative"):
         RAW.bn_act_backward(x, x, None, None, None, *vectors, x, True, 1, 0.0, "", [True] * 4)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_tangent_is_refused_instead_of_lost(frozen):
+    x, vectors = torch.randn(2, 4, 3, 3), (torch.zeros(4), torch.ones(4))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            ops.bn_act(dual, *vectors, training=not frozen)
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            ops.add_relu(dual, x)
+        assert ops.bn_act(x, *vectors, training=not frozen).shape == x.shape
