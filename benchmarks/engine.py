@@ -27,6 +27,7 @@ from fastres.bench.timing import (
     time_gpu_interleaved,
     time_interleaved,
 )
+from fastres.workers import gpu_answers
 
 TIME_OVER = "left out: the run's time was over"
 # What is being done when no provider is being built.
@@ -130,11 +131,8 @@ def _prepared(case: Case) -> Trial:
 
 def _require_device(case: Case, reason: str) -> None:
     """Raises DeviceLost with `reason` where the GPU answers no more."""
-    if case.device.type == "cuda":
-        try:
-            torch.cuda.synchronize(case.device)
-        except Exception:
-            raise DeviceLost(reason) from None
+    if case.device.type == "cuda" and not gpu_answers(case.device):
+        raise DeviceLost(reason)
 
 
 def _time_all(trial: Trial, calls: Calls, rows: dict[str, Row], scope: Scope, deadline: float | None) -> None:

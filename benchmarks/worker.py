@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +19,7 @@ from benchmarks.scope import Scope
 from benchmarks.trial import new_row
 from fastres import native
 from fastres.plan.problem import dtype_name
+from fastres.workers import Worker
 
 # A provider that ended this many processes is not tried again.
 MOST_DEATHS = 2
@@ -31,8 +27,6 @@ MOST_DEATHS = 2
 _LAST = 0.05
 # A process that starts, and a C++ compiler, may take so many seconds at least, on a busy machine.
 _START_S = 150.0
-# One that is killed is gone when the driver has torn down its context.
-_END_S = 15.0
 
 
 @dataclass(frozen=True)
@@ -76,17 +70,13 @@ class Bench:
         self.entries = [engine.entries(case, work.providers(case), work.scope) for case in self.cases]
         self.patience = patience or work.scope.patience
         self._deaths: Counter[str] = Counter()
-        self._process: multiprocessing.Process | None = None
-        self._pipe: Connection | None = None
+        self._worker: Worker | None = None
 
     def __enter__(self) -> Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            self._pipe.close()  # it ends by itself if it waits for work
-            self._process.join(1.0)
-        self._stop()
+        self._stop(grace_s=1.0)  # it ends by itself if it waits for work
 
     def measure(
         self, index: int, *, deadline: float | None = None, on_step: Callable[[str], None] = lambda name: None
@@ -138,10 +128,7 @@ class Bench:
                 step = value
                 on_step(step)
         except (EOFError, OSError):
-            self._process.join(_END_S)
-            code = self._process.exitcode
-            how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-            return step, f"the process died: {how}"
+            return step, f"its process died: {self._worker.how_it_died()}"
 
     def _patience(self, index: int, step: str) -> float:
         quick = any(entry.provider == step and not entry.compiles for entry in self.entries[index])
@@ -149,25 +136,14 @@ class Bench:
         return max(_START_S, patience) if step in ("", engine.BUILDING) else patience
 
     def _connection(self) -> Connection:
-        if self._process is None:
-            spawn = multiprocessing.get_context("spawn")
-            self._pipe, theirs = spawn.Pipe()
-            self._process = spawn.Process(target=_serve, args=(self.work, theirs))
-            self._process.start()
-            theirs.close()
-        return self._pipe
+        if self._worker is None:
+            self._worker = Worker(_serve, self.work)
+        return self._worker.connection
 
-    def _stop(self) -> None:
-        if self._process is None:
-            return
-        # With its compilers, which are children of its own.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        self._process.join(_END_S)
-        self._pipe.close()
-        self._process = self._pipe = None
+    def _stop(self, grace_s: float = 0.0) -> None:
+        if self._worker is not None:
+            self._worker.end(grace_s)
+            self._worker = None
 
     def _unmeasured(self, index: int, status: str, reason: str, dead: dict[str, str]) -> list[Row]:
         case, rows = self.cases[index], []
@@ -180,10 +156,8 @@ class Bench:
         return rows
 
 
-def _serve(work: Work, pipe: Connection) -> None:
+def _serve(pipe: Connection, work: Work) -> None:
     """The other end: measures what it is asked for until the pipe closes."""
-    os.setsid()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     if work.threads is not None:
         torch.set_num_threads(work.threads)
     if work.scope.cuda:
@@ -212,9 +186,3 @@ def _serve(work: Work, pipe: Connection) -> None:
         except engine.DeviceLost as error:
             return pipe.send(("lost", str(error)))
         pipe.send(("rows", rows))
-
-
-def _end_with_parent() -> None:
-    """A process that hangs does not outlive the one that watches it, however that ends."""
-    multiprocessing.parent_process().join()
-    os.killpg(0, signal.SIGKILL)

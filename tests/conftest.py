@@ -10,6 +10,8 @@ import pytest
 import torch
 from _pytest.faulthandler import fault_handler_stderr_fd_key as _STDERR
 
+from fastres.workers import gpu_answers
+
 # Seconds that a test on a GPU may take before its process is ended.
 GPU_TEST_S = 150.0
 
@@ -62,21 +64,13 @@ def pytest_runtest_call(item: pytest.Item):
     try:
         return (yield)
     except Exception:
-        if "PYTEST_XDIST_WORKER" in os.environ and not _cuda_answers():
+        if "PYTEST_XDIST_WORKER" in os.environ and not gpu_answers():
             traceback.print_exc(file=sys.stderr)
             sys.stderr.flush()
             os._exit(1)
         raise
     finally:
         faulthandler.cancel_dump_traceback_later()
-
-
-def _cuda_answers() -> bool:
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,7 @@
 """Measuring the configurations of every candidate on a network's layers, and writing the user's tables.
 
 What a table already has is left alone, so that a second run compiles and measures nothing. On a GPU all
-work is done in other processes (workers.py): a kernel that hangs or crashes ends its process and not the tuning.
+work is done in other processes (fastres.workers): a kernel that hangs or crashes ends its process and not the tuning.
 Configurations are first compiled and run once, in as many processes as there are cores, since compiling is
 what takes long; then each is timed in one process, alone, on more buffers than the L2 holds.
 
@@ -27,7 +27,7 @@ from fastres.plan.candidate import REGISTRY, Candidate
 from fastres.plan.problem import Problem, Target
 from fastres.tuning import table
 from fastres.tuning.config import to_dict
-from fastres.tuning.workers import Answer, ask
+from fastres.workers import Answer, ask
 
 log = logging.getLogger("fastres.tuning")
 

@@ -19,7 +19,7 @@ from fastres.plan.problem import ConvSpec, Problem
 from fastres.plan.target import detect
 from fastres.tuning import table, tune
 from fastres.tuning.config import Config
-from fastres.tuning.workers import Answer, ask
+from fastres.workers import Answer, ask
 
 CPU = torch.device("cpu")
 TARGET = detect(CPU)

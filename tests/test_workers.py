@@ -1,11 +1,13 @@
 """Work in processes of their own: whatever becomes of a piece, every piece gets its answer."""
 
+import subprocess
+import sys
 import time
 
 import pytest
 from pieces import do
 
-from fastres.tuning import workers
+from fastres import workers
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def test_pieces_that_raise_crash_or_hang_have_reasons_and_the_others_their_value
     for name in "abcde":
         assert answers[name] == workers.Answer(f"hello {name}")
     assert answers["raise"].reason == "RuntimeError: no such luck"
-    assert answers["exit"].reason == "its process ended with exit code 3"
+    assert answers["exit"].reason == "its process died: exit code 3"
     assert "did not end within" in answers["hang"].reason
     assert "illegal memory access" in answers["device"].reason
 
@@ -42,3 +44,27 @@ def test_pieces_may_depend_on_answers_and_none_is_begun_after_the_time_is_up(qui
             break
     begun = workers.ask(iter(["late"]), do, ("hello",), jobs=1, patience_s=10, until=time.monotonic() - 1)
     assert list(begun) == []
+
+
+def test_any_program_may_have_them_and_they_end_with_it(tmp_path):
+    """No guard around its main code, which a process that multiprocessing starts would run again."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {sys.path!r}\n"
+        "from fastres import workers; from pieces import identify\n"
+        "print('begun', flush=True)\n"
+        "list(workers.ask(['come', 'stay'], identify, (), jobs=1, patience_s=60))\n"
+    )
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as program:
+        begun, pid, again = (program.stdout.readline() for _ in range(3))
+        program.kill()
+        killed = time.monotonic()
+        # The pipe is held open by whoever is left.
+        assert (begun, program.stdout.read()) == ("begun\n", "") and pid == again
+    assert time.monotonic() - killed < 10
+
+
+def test_where_no_python_can_be_started_it_says_so(monkeypatch):
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    with pytest.raises(OSError, match="no Python to start"):
+        workers.Worker(do)
