@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres import env
+from fastres.ahead import compile_ahead, jobs_of
 from fastres.calls import (
     Options,
     check_inputs,
@@ -229,6 +230,9 @@ class Engine:
                     context.slot = (key, stream)
                     return context
             plan = self._plan(key, self.graph(module), inputs)
+        if key.device.type == "cuda" and not plan.compiled:
+            compile_ahead(jobs_of(plan, inputs), plan.target)
+            plan.compiled = True
         graphs = key.device.type == "cuda" and self.options.graphs != "off"
         context = Context(plan, self.prepared.constants, key.device, static_inputs=graphs)
         context.slot = (key, stream)

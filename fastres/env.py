@@ -13,6 +13,7 @@ VARIABLES = {
     "FASTRES_BACKENDS": "comma-separated backends that automatic choice may use (default: all)",
     "FASTRES_LOG": "level of the `fastres` logger: debug, info, warning, error (default: warning)",
     "FASTRES_BUILD": "0: never run a compiler, use prebuilt or cached libraries only (default: 1)",
+    "FASTRES_COMPILE_JOBS": "processes that compile a plan's Triton kernels (default: the cores, at most 16; 0: none)",
     "FASTRES_CUDA_ARCH": "architectures to build CUDA kernels for, as in '8.0 9.0a' (default: the GPUs here)",
     "FASTRES_CUDA_DEBUG": "1: CUDA kernels give up a wait that lasts too long instead of hanging (default: 0)",
     "FASTRES_TRITON36": "tests only: folder that holds Triton 3.6, for the compile gate on two versions",
@@ -62,6 +63,14 @@ def may_build() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"FASTRES_BUILD is {value!r}, it takes 0 or 1")
     return value == "1"
+
+
+def compile_jobs() -> int | None:
+    """How many processes may compile kernels at once; None: as many as suit the machine."""
+    value = _read("FASTRES_COMPILE_JOBS")
+    if value is not None and not value.isdigit():
+        raise ValueError(f"FASTRES_COMPILE_JOBS is {value!r}, it takes a number of processes, or 0")
+    return None if value is None else int(value)
 
 
 def cuda_arch() -> tuple[str, ...]:

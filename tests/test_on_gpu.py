@@ -328,3 +328,27 @@ def test_ops_pass_opcheck_on_the_gpu():
         warnings.simplefilter("ignore")
         torch.library.opcheck(train, arguments)
         torch.library.opcheck(torch.ops.fastres.add_relu.default, (x, x.detach().clone()))
+
+
+def test_the_first_call_finds_its_kernels_compiled_by_other_processes(tmp_path, monkeypatch):
+    """GELU and odd channels: kernels that no other test has compiled in this process."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FASTRES_COMPILE_JOBS", "4")
+    hits = []
+    monkeypatch.setattr(
+        triton.knobs.compilation,
+        "listener",
+        lambda *, src, cache_hit, **_: hits.append((src.name, cache_hit)),
+    )
+    layers, channels = [], 8
+    for k, size in ((24, 3), (40, 1), (72, 5), (136, 3), (200, 1)):
+        layers += [nn.Conv2d(channels, k, size, padding=size // 2), nn.BatchNorm2d(k), nn.GELU()]
+        channels = k
+    model = nn.Sequential(*layers).eval().cuda().to(FP16)
+    x = images(3)
+    fast = fastres.accelerate(model, backend="triton")
+    with torch.inference_mode():
+        alike(fast(x), model(x))
+    assert len(list(tmp_path.glob("*/*.cubin"))) >= 4
+    assert len(hits) >= 4 and all(hit for _, hit in hits), hits

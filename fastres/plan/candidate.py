@@ -147,6 +147,13 @@ class Candidate:
         """What of (problem, config) the constants depend on; the batch and image size normally do not."""
         return (problem.dtype,)
 
+    def kernels(
+        self, problem: Problem, config: Any, buffers: Buffers, constants: Any
+    ) -> Sequence[tuple[Any, Mapping[str, Any], Mapping[str, Any]]]:
+        """The Triton kernels that `bind` compiles, as (kernel, all of its arguments by name, compile options). Buffers
+        and constants may be on the meta device: what is compiled must not depend on the device."""
+        return ()
+
     def bind(self, problem: Problem, config: Any, buffers: Buffers, constants: Any) -> Launch:
         """Everything resolved (pointers, descriptors, grid) into a callable. It runs on the current stream."""
         raise NotImplementedError

@@ -54,27 +54,42 @@ class Measure:
         return best
 
 
-def bind_alone(
-    candidate: Candidate, problem: Problem, config: Any, device: torch.device
-) -> Callable[[], Any]:
-    """The candidate bound to buffers, inputs and parameters of its own (random); ready to be called and timed.
+def alone(
+    candidate: Candidate,
+    problem: Problem,
+    config: Any,
+    device: torch.device | str,
+    planar: frozenset[str] | None = None,
+) -> tuple[dict[str, Tensor], Buffers, Any]:
+    """(inputs by name, buffers, constants) of one call of a candidate, all its own and random.
 
-    Inputs that it takes contiguous come so: that is how images are loaded."""
+    `planar`: the inputs that come contiguous; default: all that the candidate takes so, as images are loaded."""
     with torch.inference_mode(False), torch.no_grad():
         constants = candidate.prepare(problem, config, random_parameters(problem, device))
-        planar = candidate.planar(problem)
+        planar = candidate.planar(problem) if planar is None else planar
         inputs = {name: _random_input(problem, name, device, name in planar) for name in problem.inputs}
         if candidate.allocates:
-            launch = candidate.bind(problem, config, Buffers({}), constants)
-            arguments = tuple(inputs.values())
-            return lambda: launch(*arguments)
+            return inputs, Buffers({}), constants
         outputs = {
             role: _empty(problem.output_shape(role), problem.dtype, device) for role in problem.outputs
         }
         count, scratch = candidate.counters(problem, config), candidate.workspace(problem, config)
         counters = torch.zeros(count, dtype=torch.int32, device=device) if count else None
         workspace = torch.empty(scratch, dtype=torch.uint8, device=device) if scratch else None
-        launch = candidate.bind(problem, config, Buffers(inputs | outputs, counters, workspace), constants)
+        return inputs, Buffers(inputs | outputs, counters, workspace), constants
+
+
+def bind_alone(
+    candidate: Candidate, problem: Problem, config: Any, device: torch.device
+) -> Callable[[], Any]:
+    """The candidate bound to what `alone` makes; ready to be called and timed."""
+    inputs, buffers, constants = alone(candidate, problem, config, device)
+    with torch.inference_mode(False), torch.no_grad():
+        launch = candidate.bind(problem, config, buffers, constants)
+    if candidate.allocates:
+        arguments = tuple(inputs.values())
+        return lambda: launch(*arguments)
+    counters = buffers.counters
     if counters is None:
         return launch
 
@@ -96,12 +111,12 @@ def time_launch(run: Callable[[], Any], device: torch.device) -> float:
         return time_interleaved({"": run}, budget_s=_BUDGET_S, warmup_s=0.0)[""].median
 
 
-def random_parameters(problem: Problem, device: torch.device) -> dict[str, LayerParameters]:
+def random_parameters(problem: Problem, device: torch.device | str) -> dict[str, LayerParameters]:
     """Parameters of the right shapes, by role; activations keep their scale through every layer."""
     return {role: LayerParameters(_node(role, spec, problem.dtype, device)) for role, spec in problem.layers}
 
 
-def _node(role: str, spec: Spec, dtype: torch.dtype, device: torch.device) -> Node:
+def _node(role: str, spec: Spec, dtype: torch.dtype, device: torch.device | str) -> Node:
     common = dict(name=role, x=0, output=1)
     match spec:
         case ConvSpec():
@@ -133,11 +148,11 @@ def _node(role: str, spec: Spec, dtype: torch.dtype, device: torch.device) -> No
             )
 
 
-def _random_input(problem: Problem, name: str, device: torch.device, planar: bool) -> Tensor:
+def _random_input(problem: Problem, name: str, device: torch.device | str, planar: bool) -> Tensor:
     shape, dtype = problem.input_shape(name), problem.input_dtype(name)
     made = torch.empty(shape, dtype=dtype, device=device) if planar else _empty(shape, dtype, device)
     return made.random_(0, 256) if dtype == torch.uint8 else made.normal_()
 
 
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     return torch.empty_strided(shape, nhwc_strides(shape), dtype=dtype, device=device)

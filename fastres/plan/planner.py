@@ -65,6 +65,8 @@ class Plan:
     dtype: torch.dtype
     target: Target
     segments: list[Segment]
+    # whether its kernels were compiled ahead of binding
+    compiled: bool = False
 
     @property
     def predicted_ms(self) -> float:

@@ -16,11 +16,9 @@ from typing import Any
 
 import pytest
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
 from fastres import env
+from fastres.ahead import Source
 
 # Bytes of shared memory that one block may take, by compute capability (CUDA programming guide).
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -47,34 +45,14 @@ class Compiled:
     ptx: str
 
 
-def source(kernel: Any, args: Mapping[str, Any], options: Mapping[str, Any], target: GPUTarget):
-    """(source, parsed options) of a launch of `kernel` with all its parameters by name."""
-    backend = make_backend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, _ = bind(*[args[name] for name in kernel.arg_names], **options)
-    parsed, signature, constexprs, attrs = kernel._pack_args(
-        backend, dict(options), bound, specialization, dict(options)
-    )
-    make = ASTSource
-    if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource
-
-        make = GluonASTSource
-    return make(kernel, signature, constexprs, attrs), parsed
-
-
 def specialization(kernel: Any, args: Mapping[str, Any], options: Mapping[str, Any], capability: int) -> str:
     """A text that is equal for launches that compile to the same binary."""
-    built, _ = source(kernel, args, options, GPUTarget("cuda", capability, 32))
-    constants = sorted((str(k), str(v)) for k, v in built.constants.items())
-    return repr((kernel.fn.__name__, built.signature, constants, str(built.attrs), sorted(options.items())))
+    return Source(kernel, args, options, capability).key()
 
 
 def compile_for(capability: int, kernel: Any, args: Mapping[str, Any], **options: Any) -> Compiled:
     """Compile for sm_`capability`. Raises what Triton raises. Results are in Triton's own cache."""
-    target = GPUTarget("cuda", capability, 32)
-    built, parsed = source(kernel, args, options, target)
-    compiled = triton.compile(built, target=target, options=parsed.__dict__)
+    compiled = Source(kernel, args, options, capability).compile()
     ptx = compiled.asm["ptx"]
     registers, stack = _resources(compiled.asm["cubin"])
     return Compiled(

@@ -57,6 +57,10 @@ class HopperCandidate(Candidate):
     def call(self, problem: Problem, config: Any, buffers: Any, constants: Any) -> Call:
         raise NotImplementedError
 
+    def kernels(self, problem: Problem, config: Any, buffers: Any, constants: Any):
+        call = self.call(problem, config, buffers, constants)
+        return [(call.kernel, call.arguments, call.options)]
+
     def bind(self, problem: Problem, config: Any, buffers: Any, constants: Any) -> Call:
         return self.call(problem, config, buffers, constants)
 

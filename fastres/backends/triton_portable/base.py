@@ -42,6 +42,10 @@ class TritonCandidate(Candidate):
         """The launches, in order. Pure: it reads shapes and pointers and works on meta tensors."""
         raise NotImplementedError
 
+    def kernels(self, problem: Problem, config: Any, buffers: Buffers, constants: Any):
+        calls = self.calls(problem, config, buffers, constants)
+        return [(call.kernel, call.args, call.options) for call in calls]
+
     def bind(self, problem: Problem, config: Any, buffers: Buffers, constants: Any) -> Launch:
         device = next(iter(buffers.tensors.values())).device
         return sequence([resolve(call, device) for call in self.calls(problem, config, buffers, constants)])
