@@ -50,8 +50,29 @@ struct Shape {
 
 #ifndef FASTRES_EMULATOR
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // else whoever asks next, PyTorch for one, takes it for an error of its own
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+// What the current device gives a block of this function beside its own arrays.
+inline int most_dynamic_shared(const void* function, const char* name) {
+  int device = 0, bytes = 0;
+  cudaFuncAttributes attributes;
+  check(cudaGetDevice(&device), name);
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  check(cudaFuncGetAttributes(&attributes, function), name);
+  return bytes - static_cast<int>(attributes.sharedSizeBytes);
+}
+inline void set_dynamic_shared(const void* function, int bytes, const char* name) {
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
+  // Kernels that follow each other overlap only where the SM needs no other split of its L1.
+  check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        name);
+}
+#else
+inline int most_dynamic_shared(const void*, const char*) { return 227 * 1024; }
+inline void set_dynamic_shared(const void* function, int bytes, const char*) {
+  emulator::set_dynamic_shared(function, bytes);
 }
 #endif
 
@@ -67,12 +88,15 @@ Record make_record(void (*kernel)(Parameters), const Shape& shape, const Paramet
   r.cluster = shape.cluster;
   r.shared_bytes = shape.shared_bytes;
   std::strncpy(r.name, name, sizeof r.name - 1);
-#ifndef FASTRES_EMULATOR
-  if (shape.shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(r.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(shape.shared_bytes)),
-          name);
-#else
+  if (shape.shared_bytes > 48 * 1024) {
+    // The limit belongs to the function, and a smaller one would stop the records that are there already.
+    const int most = most_dynamic_shared(r.function, name);
+    if (static_cast<int>(shape.shared_bytes) > most)
+      throw std::runtime_error(std::string(name) + ": " + std::to_string(shape.shared_bytes) +
+                               " bytes of shared memory, a block may have " + std::to_string(most));
+    set_dynamic_shared(r.function, most, name);
+  }
+#ifdef FASTRES_EMULATOR
   r.invoke = [](const void* function, const void* p) {
     alignas(64) Parameters copy = *static_cast<const Parameters*>(p);
     reinterpret_cast<void (*)(Parameters)>(const_cast<void*>(function))(copy);

@@ -181,6 +181,7 @@ __global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __gri
   }
   // Nobody leaves while another block may still read its sums.
   if (parts > 1) {
+    ptx::sync_warp();  // whose lanes may have left the loop apart
     ptx::arrive_cluster_relaxed();
     ptx::wait_cluster();
   }

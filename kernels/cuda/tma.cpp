@@ -34,10 +34,19 @@ Function driver_function(const char* name) {
   return reinterpret_cast<Function>(function);
 }
 
+// The driver encodes with a context alone, and a thread that only asked which device is current has none. Since CUDA 12
+// this binds the device's.
+void need_context() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaSetDevice(device), "cudaSetDevice");
+}
+
 }  // namespace
 
 TensorMap make_tensor_map(const TensorMapFields& f) {
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
+  need_context();
   TensorMap map{};
   auto* to = reinterpret_cast<CUtensorMap*>(&map);
   cuuint64_t size[5], stride[5];

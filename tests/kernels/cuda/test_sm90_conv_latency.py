@@ -3,6 +3,7 @@
 import itertools
 import math
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import emulated
 import pytest
@@ -138,8 +139,38 @@ def test_two_blocks_fit_an_sm(batch):
             assert shared == max(stages * stage_bytes(pixels), pixels * 68 * 4) + 8 * stages
 
 
-def _empty(shape):
-    return torch.empty(shape, dtype=BF16).contiguous(memory_format=torch.channels_last)
+def _binding(channels, device):
+    """(what makes a record, its output) for a 1x1 of 49 pixels."""
+    problem, config = conv_problem(1, channels, 7, 7, 64, 1, BF16), LatencyConfig(1, 7, 7, 1)
+    tensors = {n: _empty(problem.input_shape(n), device).fill_(1) for n in problem.inputs}
+    tensors["conv"] = _empty(problem["conv"].y_shape, device).fill_(float("nan"))
+    parameters = {role: LayerParameters(node) for role, node in make_nodes(problem, device).items()}
+    constants = CANDIDATE.prepare(problem, config, parameters)
+    return lambda: CANDIDATE.bind(problem, config, Buffers(tensors), constants), tensors["conv"]
+
+
+def test_a_record_takes_no_shared_memory_from_an_earlier_one(device):
+    """Both are of one function, and CUDA's limit belongs to the function: what is bound last must not lower it."""
+    if device == "cpu":
+        emulated.library()
+    bindings = [_binding(channels, device) for channels in (448, 320)]  # 7 and 5 stages of 16 KB
+    for launch in [bind() for bind, _ in bindings]:
+        launch()
+    assert all(out.isfinite().all() for _, out in bindings)
+
+
+@pytest.mark.gpu
+def test_a_record_is_made_in_a_thread_that_has_no_context():
+    """torch's device guard makes none current where the device is the current one already; the driver wants one."""
+    bind, out = _binding(64, "cuda")
+    with ThreadPoolExecutor(1) as fresh:
+        launch = fresh.submit(bind).result()
+    launch()
+    assert out.isfinite().all()
+
+
+def _empty(shape, device="cpu"):
+    return torch.empty(shape, dtype=BF16, device=device).contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(

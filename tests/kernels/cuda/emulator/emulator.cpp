@@ -49,6 +49,7 @@ constexpr int kConcurrent = 4;  // clusters of a grid in flight, so that work ta
 
 unsigned seed = 0;
 std::mutex running;
+std::map<const void*, unsigned> dynamic_shared;  // limits, by function
 void* scheduler_stack = nullptr;
 std::vector<unsigned char*> free_stacks;
 
@@ -168,6 +169,11 @@ void fail(const std::string& message) {
 
 void yield() { leave(); }
 
+void set_dynamic_shared(const void* function, int bytes) {
+  std::lock_guard<std::mutex> lock(running);
+  dynamic_shared[function] = static_cast<unsigned>(bytes);
+}
+
 void launch(const std::vector<Call>& row) {
   if (row.empty()) return;
   std::lock_guard<std::mutex> lock(running);
@@ -178,6 +184,8 @@ void launch(const std::vector<Call>& row) {
       if (wrong) throw std::runtime_error("records[" + std::to_string(i) + "] " + name + ": emulated kernel: " + what);
     };
     refuse(shared_bytes > 227 * 1024, "more than 227 KB of shared memory");
+    refuse(shared_bytes > 48 * 1024 && (!dynamic_shared.count(function) || shared_bytes > dynamic_shared[function]),
+           "more shared memory than the function's limit");
     refuse(grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535, "invalid grid");
     refuse(cluster > 8 || grid.x % (cluster ? cluster : 1), "invalid cluster");
     grids[i].call = &row[i];

@@ -106,6 +106,8 @@ extern bool late, late_products;
 
 [[noreturn]] void fail(const std::string& message);
 void yield();
+// cudaFuncSetAttribute's limit of a function, 48 KB unless set: as there, a lower one takes a higher one back.
+void set_dynamic_shared(const void* function, int bytes);
 // Runs the launches of a stream; returns when all are done.
 void launch(const std::vector<Call>& row);
 
