@@ -318,7 +318,12 @@ def _launch(kernel: Any, programs: int, *args: Any, num_warps: int = _WARPS, num
         return
     from triton.runtime.driver import driver
 
-    index = torch.cuda.current_device()
+    first = args[0] if isinstance(args[0], Tensor) else args[0].base
+    index = first.device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            _launch(kernel, programs, *args, num_warps=num_warps, num_stages=num_stages)
+        return
     key = [kernel, index, num_warps, num_stages]
     for arg, constant in zip(args, _constexprs(kernel), strict=True):
         if constant:

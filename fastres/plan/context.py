@@ -25,6 +25,7 @@ from fastres.plan.steps import (
     activation_strides,
     join,
     nhwc_strides,
+    on_device,
 )
 
 log = logging.getLogger("fastres")
@@ -150,6 +151,10 @@ class Context:
 
     def run(self, inputs: tuple[Any, ...]) -> Any:
         """The graph's outputs for `inputs` (tensors of the shapes that the plan is for)."""
+        with on_device(self.device):
+            return self._run(inputs)
+
+    def _run(self, inputs: tuple[Any, ...]) -> Any:
         self._set(inputs)
         # the user's own capture takes the launches: a graph cannot be launched into another
         if self.graph is not None and not torch.cuda.is_current_stream_capturing():
@@ -182,7 +187,8 @@ class Context:
         if self.counters.numel():
             self.counters.zero_()
         for step in self._unjoined:
-            step(self.values)
+            with on_device(self.device):
+                step(self.values)
             yield step.segment
 
     def results(self) -> Any:

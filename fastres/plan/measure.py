@@ -14,7 +14,7 @@ from fastres.graph.ir import Conv, GlobalAvgPool, Linear, MaxPool, Node, Normali
 from fastres.plan.candidate import Buffers, Candidate
 from fastres.plan.planner import Cost, table_cost
 from fastres.plan.problem import ConvSpec, LinearSpec, NormalizeSpec, PoolSpec, Problem, Spec, Target
-from fastres.plan.steps import nhwc_strides
+from fastres.plan.steps import nhwc_strides, on_device
 
 # What a timing at the first call may cost, for one configuration
 _BUDGET_S = 0.05
@@ -43,7 +43,8 @@ class Measure:
         failure: Exception | None = None
         for config in list(candidate.configs(problem, target))[:_MOST_CONFIGS]:
             try:
-                ms = time_launch(bind_alone(candidate, problem, config, self.device), self.device)
+                with on_device(self.device):
+                    ms = time_launch(bind_alone(candidate, problem, config, self.device), self.device)
             except Exception as error:  # the next configuration may run
                 failure = error
                 continue

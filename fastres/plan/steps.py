@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,12 @@ from fastres.plan.specs import Info, Unplannable, autocast
 
 if TYPE_CHECKING:
     from fastres.plan.context import Context
+
+
+def on_device(device: torch.device):
+    """A context with `device` current: Triton launches on the current device, wherever its arguments lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
 
 # Values are kept in a plain list; a step is a callable that reads and writes it.
 Values = list

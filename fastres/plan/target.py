@@ -65,7 +65,10 @@ def triton_version() -> tuple[int, int] | None:
 @cache
 def _cuda(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
+    # AMD's major and minor are of the gfx name: a gfx90a would pass for an H100's 9.0.
     arch = f"sm{properties.major}{properties.minor}"
+    if torch.version.hip is not None:
+        arch = properties.gcnArchName.split(":")[0]
     known = next((rates for name, rates in _RATES.items() if name in properties.name), None)
     rates = known or rates_of(properties)
     return Target(
@@ -79,7 +82,8 @@ def rates_of(properties) -> tuple[float, float, tuple[tuple[str, float], ...]]:
     # kHz, twice a clock; bits
     clock, width = getattr(properties, "memory_clock_rate", 0), getattr(properties, "memory_bus_width", 0)
     bandwidth = 0.85 * 2e3 * clock * width / 8
-    operations = _OPERATIONS.get(10 * properties.major + properties.minor, 0)
+    nvidia = torch.version.hip is None
+    operations = _OPERATIONS.get(10 * properties.major + properties.minor, 0) if nvidia else 0
     rate = 0.7 * operations * properties.multi_processor_count * 1e3 * getattr(properties, "clock_rate", 0)
     if not bandwidth or not rate:
         return 0.0, 0.0, ()

@@ -54,7 +54,8 @@ def conv_configs(problem: Problem, target: Target, shared: int) -> list[ConvConf
 def _stationary(spec: ConvSpec, m: int, size: int, shared: int) -> list[ConvConfig]:
     """Weights of a tile column stay in shared memory. 256->64 @56: 172 us (floor 171, cuDNN 178);
     64->256 @56 + add: 334 (308, 333); 128->512 @28 + add: 166 (154, 167); 64->64 @56: 77 (68, 77)."""
-    block_c = _pow2(spec.c)
+    # tl.dot takes a reduction of 16 at least.
+    block_c = max(16, _pow2(spec.c))
     if block_c * size > 512:
         return []
     first = [(128, 64, 4)] if spec.c <= 64 and spec.k <= 64 else [(64, 64, 4)] if spec.k <= 128 else []

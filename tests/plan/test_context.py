@@ -1,5 +1,6 @@
 """Contexts: kernels that write into an arena, beside calls that bring their own memory, all on poisoned memory."""
 
+import contextlib
 import random
 
 import pytest
@@ -17,7 +18,7 @@ from fastres.plan.constants import Constants
 from fastres.plan.context import Context
 from fastres.plan.planner import Cost, make_plan
 from fastres.plan.specs import propagate
-from fastres.plan.steps import as_activation
+from fastres.plan.steps import as_activation, on_device
 from fastres.plan.target import detect
 from tests.graph.nets import Net, close, conv_bn, image, randomised
 
@@ -418,3 +419,41 @@ def test_kernels_get_aligned_inputs_whatever_view_comes_in():
         made = as_activation(x, torch.float32)
         assert torch.equal(made, x) and made.data_ptr() % 16 == 0
         assert (made is not x) == copied
+
+
+def test_steps_run_with_the_contexts_device_current(monkeypatch):
+    """Triton launches on the current device, wherever its arguments lie."""
+    current = []
+
+    @contextlib.contextmanager
+    def on_device(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr("fastres.plan.context.on_device", on_device)
+    context = context_of(randomised(nn.Sequential(*conv_bn(4, 4))), image(), by_backend(reference=1.0))
+    seen = []
+
+    def watched(step):
+        def call(values):
+            seen.append(current[:])
+            step(values)
+
+        call.segment = step.segment
+        return call
+
+    context._steps = context._unjoined = [watched(step) for step in context._steps]
+    context._joined = True
+    with torch.no_grad():
+        context.run((image(),))
+        for _ in context.observe((image(),)):
+            assert not current, "between steps the caller's device is current"
+    assert seen and seen == [[CPU]] * len(seen)
+
+
+def test_only_a_cuda_device_can_be_made_current():
+    guard = on_device(torch.device("cuda", 1))
+    assert isinstance(guard, torch.cuda.device) and guard.idx == 1
+    with on_device(CPU):
+        pass

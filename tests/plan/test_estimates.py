@@ -10,7 +10,7 @@ from fastres.plan.candidate import REGISTRY, Candidate, Work
 from fastres.plan.pattern import CONV_BN_ACT
 from fastres.plan.planner import table_cost
 from fastres.plan.problem import ConvSpec, Problem
-from fastres.plan.target import on_paper, rates_of
+from fastres.plan.target import _cuda, on_paper, rates_of
 from fastres.tuning import table
 
 H100 = on_paper("sm90")
@@ -98,3 +98,24 @@ def test_an_unknown_gpu_gets_its_rates_from_its_properties():
     assert 0.8 * 600e9 < bandwidth < 600e9 < l2, "the data sheet says 600 GB/s"
     assert 0.4 * 70e12 < dict(flops)["bf16"] < 70e12, "the data sheet says 70 TFLOP/s"
     assert rates_of(types.SimpleNamespace(**known)) == (0.0, 0.0, ())
+
+
+def test_an_amd_gpu_is_no_hopper_although_its_number_is_an_h100s(monkeypatch):
+    mi250 = dict(major=9, minor=0, name="AMD Instinct MI250X", gcnArchName="gfx90a:sramecc+:xnack-")
+    properties = types.SimpleNamespace(
+        **mi250,
+        multi_processor_count=110,
+        clock_rate=1700000,
+        memory_clock_rate=1600000,
+        memory_bus_width=4096,
+    )
+    monkeypatch.setattr(torch.version, "hip", "6.3")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    target = _cuda.__wrapped__(0)
+    assert (target.arch, target.capability, target.flops) == ("gfx90a", 0, ())
+    taken = {
+        c.backend
+        for c in REGISTRY.candidates.values()
+        if c.pattern is CONV_BN_ACT and c.accepts(convolution(), target) is None
+    }
+    assert "triton" in taken and not taken & {"hopper", "cuda"}

@@ -31,6 +31,13 @@ class Call:
     arguments: dict[str, Any]
     options: dict[str, int]
 
+    def __post_init__(self):
+        # Triton skips an empty grid without a word: the output would be whatever was there.
+        if self.grid < 1:
+            raise ValueError(
+                f"grid: {self.grid} blocks, where a device has fewer multiprocessors than tile columns"
+            )
+
     def __call__(self) -> None:
         self.kernel[(self.grid,)](**self.arguments, **self.options)
 

@@ -84,7 +84,7 @@ class HopperConv(HopperCandidate):
         spec = problem["conv"]
         picked = _PICKS.get((spec.c, spec.k, spec.kernel[0], spec.stride[0], spec.residual), _default(spec))
         choices = dict.fromkeys((picked, _default(spec), *_SWEEP))
-        return tuple(config for config in choices if fits(spec, config))
+        return tuple(config for config in choices if fits(spec, config, target.sms))
 
     def busiest_ms(self, problem: Problem, target: Target) -> float:
         spec, config = problem["conv"], self.configs(problem, target)[0]

@@ -53,7 +53,7 @@ class HopperDual(HopperCandidate):
         tall = GemmConfig(256, 128, stages=3, consumers=1, warps=8)
         small = GemmConfig(64, 64, stages=6, staged=2)
         choices = (*first, GemmConfig(64, 256, stages=3), tall, small)
-        return tuple(config for config in choices if fits(problem["expand"], config))
+        return tuple(config for config in choices if fits(problem["expand"], config, target.sms))
 
     def busiest_ms(self, problem: Problem, target: Target) -> float:
         shortcut, expand = problem["shortcut"], problem["expand"]

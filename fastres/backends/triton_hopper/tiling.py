@@ -166,13 +166,14 @@ def gemm_ms(problem, target, spec: ConvSpec, k: int, config: GemmConfig, steps: 
     return steps_ms(tiles, steps, products, problem, target, config.per_sm)
 
 
-def fits(spec: ConvSpec, config: GemmConfig) -> bool:
+def fits(spec: ConvSpec, config: GemmConfig, sms: int) -> bool:
     taps = spec.kernel[0] * spec.kernel[1]
     if config.shared_bytes(taps, spec.c, slab_of(spec.c)) > SHARED_MEMORY // config.per_sm:
         return False
     if config.block_n > max(64, -(-spec.k // 64) * 64):
         return False
-    if config.stationary and -(-spec.k // config.block_n) > 64:
+    # A block keeps to one column of tiles; there must be a block for each.
+    if config.stationary and -(-spec.k // config.block_n) > min(64, sms * config.per_sm):
         return False
     if config.skip:
         same = spec.kernel == (3, 3) and spec.stride == spec.padding == spec.dilation == (1, 1)
