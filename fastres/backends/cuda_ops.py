@@ -45,6 +45,8 @@ _SCHEMAS = (
     "sm90_conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out, "
     "Tensor counter, int[] geometry, int act, float act_param, Tensor? second, Tensor? second_weight, "
     "int[] second_stride, int filters, int pixels, int cluster, Tensor(a!) record) -> ()",
+    "sm90_conv_stats(Tensor x, Tensor weight, Tensor(a!) out, Tensor(b!) counter, Tensor(c!) scratch, "
+    "int[] geometry, int filters, int pixels, int cluster, Tensor(d!) mean, Tensor(e!) var) -> ()",
     # conv, expand, reduce: (scale, shift) by channel, [C, 2].
     "sm90_shifted_block(Tensor x, Tensor conv_weight, Tensor conv, Tensor expand_weight, Tensor expand, "
     "Tensor? reduce_weight, Tensor? reduce, Tensor residual, Tensor out, Tensor? next, Tensor counter, "
@@ -185,6 +187,38 @@ def bn_act_backward(
     """grad_x = weight * invstd * (dz - mean_dy - xhat * mean_dy_xhat); grad_residual = dz."""
     shared = (grad, x, residual, out, mean, invstd, weight, bias, act, act_param)
     _call(_ops.bn_act_backward, *shared, mean_dy, mean_dy_xhat, grad_x, grad_residual)
+
+
+def conv_stats(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    out: Tensor,
+    mean: Tensor,
+    var: Tensor,
+) -> None:
+    """out = conv2d(x, weight), one group, with the mean and biased variance of each channel before it is rounded.
+    x and out are channels_last."""
+    from fastres.backends.cuda import conv_stats as kernel
+
+    kernel.launch(x, weight, kernel.spec_of(x, weight, stride, padding, dilation, groups), out, mean, var)
+
+
+def conv_stats_takes(
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """Whether `conv_stats` can compute this and is believed to be no slower than two passes."""
+    from fastres.backends.cuda import conv_stats as kernel
+
+    return kernel.takes(x, kernel.spec_of(x, weight, stride, padding, dilation, groups))
 
 
 class RecordLaunch:

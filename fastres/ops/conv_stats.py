@@ -49,10 +49,10 @@ def conv_stats(
 def kernel_for(x: Tensor, weight: Tensor, *geometry) -> Callable | None:
     """The primitive that computes this convolution with its statistics and is believed to be no slower than two
     passes; None: the convolution, then `bn_stats`. `geometry`: stride, padding, dilation, groups."""
-    takes = primitives.find("conv_stats_takes", x)
-    if takes is None or not x.numel() or not takes(x, weight, *geometry):
+    if not x.numel():
         return None
-    return primitives.find("conv_stats", x)
+    kernels, takes = (primitives.every(name, x) for name in ("conv_stats", "conv_stats_takes"))
+    return next((k for k, t in zip(kernels, takes, strict=True) if t(x, weight, *geometry)), None)
 
 
 def _impl(x, weight, stride, padding, dilation, groups: int):

@@ -51,7 +51,7 @@ BACKENDS = (
     Backend("cpu", "fastres.backends.cpu_ops", "cpu", library="cpu"),
     Backend("torch", "fastres.ops.torch_primitives", "any"),
 )
-_chosen: dict[tuple[str, str, torch.dtype], Callable | None] = {}
+_found: dict[tuple[str, str, torch.dtype], tuple[Callable, ...]] = {}
 _pinned: str | None = None
 
 
@@ -87,12 +87,17 @@ def _load(backend: Backend, name: str, dtype: torch.dtype) -> tuple[Callable | N
     return function, None if function else f"has no {name}"
 
 
+def every(name: str, x: torch.Tensor) -> tuple[Callable, ...]:
+    """The functions of all backends that compute the primitive `name` for tensors like `x`, best first."""
+    key = (name, x.device.type, x.dtype)
+    if key not in _found:
+        _found[key] = tuple(f for _, f, _ in candidates(*key) if f is not None)
+    return _found[key]
+
+
 def find(name: str, x: torch.Tensor) -> Callable | None:
     """The function that computes the primitive `name` for tensors like `x`, if there is one."""
-    key = (name, x.device.type, x.dtype)
-    if key not in _chosen:
-        _chosen[key] = next((f for _, f, _ in candidates(*key) if f is not None), None)
-    return _chosen[key]
+    return next(iter(every(name, x)), None)
 
 
 def get(name: str, x: torch.Tensor) -> Callable:
@@ -111,9 +116,9 @@ def pinned(backend: str) -> Iterator[None]:
     if backend not in names:
         raise ValueError(f"backend: expected one of {', '.join(names)}, got {backend!r}")
     before, _pinned = _pinned, backend
-    _chosen.clear()
+    _found.clear()
     try:
         yield
     finally:
         _pinned = before
-        _chosen.clear()
+        _found.clear()

@@ -14,6 +14,7 @@ struct BnAct {
   const void *mean, *invstd, *weight, *bias, *mean_dy, *mean_dy_xhat;   // [C], backward; weight … may be null
   void *out, *grad_residual;                                            // element type
   void* partial;                                                        // [kMaxChunks, C, 3] of the computed type
+  void* merged;                                                         // as partial; null: result0 and result1
   void *result0, *result1;                                              // [C]: mean, var or sum_dy, sum_dy_xhat
 
   // Filled in by the record functions: the tensor as rows of vectors (NCHW: a row is one channel's plane).
@@ -28,6 +29,18 @@ inline int64_t bn_reduce_scratch(int64_t values, int64_t c, Type type) {
   const int64_t chunks = values / 8 + 1 < kMaxChunks ? values / 8 + 1 : kMaxChunks;
   return chunks * c * 3 * (type == Type::kFp64 ? 8 : 4);
 }
+
+// From the moments of `chunks` runs of values a channel, partial [chunks, c, 3] in fp32 (how many, their mean, the sum of
+// squared deviations from it), to mean and biased variance. Many runs are first merged to few, in `merged`.
+struct MergeMoments {
+  int64_t c;
+  int chunks;
+  void *partial, *merged;  // merged: [moments_parts, c, 3]
+  float *mean, *var;
+};
+constexpr int moments_parts(int chunks) { return chunks > kMaxChunks ? 64 : 0; }
+// Returns how many records it made.
+int merge_moments_records(const MergeMoments& p, Record* records);
 
 enum class BnPass { kForward, kBackward, kStats, kStatsFinish, kBackwardReduce, kBackwardReduceFinish };
 Record bn_act_record(const BnAct& p, Type type, BnPass pass);

@@ -119,27 +119,43 @@ __global__ void __launch_bounds__(kBnThreads) bn_reduce_kernel(const __grid_cons
   }
 }
 
-// 32 channels a block, 8 threads a channel.
+constexpr int kFinishChannels = 8;  // a block, 32 threads each: rows of 96 bytes, few dependent steps
+constexpr int kFinishThreads = kBnThreads / kFinishChannels;
+
+// A block merges its part (blockIdx.y) of the chunks; where there are several, its result is a chunk of `merged`.
 template <class A, bool kStats>
 __global__ void __launch_bounds__(kBnThreads) bn_reduce_finish_kernel(const __grid_constant__ BnAct p) {
   using Item = std::conditional_t<kStats, Moments<A>, Sums<A>>;
+  ptx::let_successor_start();
+  ptx::wait_for_predecessor();
   Item* shared = reinterpret_cast<Item*>(ptx::dynamic_shared());
   const Item* partial = static_cast<const Item*>(p.partial);
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * kFinishChannels + threadIdx.x % kFinishChannels;
+  const int begin = static_cast<int>(static_cast<int64_t>(p.chunks) * blockIdx.y / gridDim.y);
+  const int end = static_cast<int>(static_cast<int64_t>(p.chunks) * (blockIdx.y + 1) / gridDim.y);
   Item item;
-  if (c < p.c)
-    for (int i = threadIdx.x / 32; i < p.chunks; i += kBnThreads / 32) item.merge(partial[i * p.c + c]);
+  if (c < p.c) {
+#pragma unroll 4
+    for (int i = begin + threadIdx.x / kFinishChannels; i < end; i += kFinishThreads) item.merge(partial[i * p.c + c]);
+  }
   shared[threadIdx.x] = item;
-  merge_rows(shared, kBnThreads / 32, 32);
-  if (threadIdx.x >= 32 || c >= p.c) return;
+  merge_rows(shared, kFinishThreads, kFinishChannels);
+  if (threadIdx.x >= kFinishChannels || c >= p.c) return;
   const Item& total = shared[threadIdx.x];
-  if constexpr (kStats) {
+  if (p.merged) {
+    static_cast<Item*>(p.merged)[blockIdx.y * p.c + c] = total;
+  } else if constexpr (kStats) {
     static_cast<A*>(p.result0)[c] = total.mean;
     static_cast<A*>(p.result1)[c] = total.m2 / total.n;
   } else {
     static_cast<A*>(p.result0)[c] = total.dy;
     static_cast<A*>(p.result1)[c] = total.dy_x * static_cast<const A*>(p.invstd)[c];
   }
+}
+
+Shape finish_shape(int64_t c, size_t item, int parts = 1) {
+  return {dim3(static_cast<unsigned>(ceil_div(c, kFinishChannels)), static_cast<unsigned>(parts)), kBnThreads,
+          static_cast<unsigned>(kBnThreads * item)};
 }
 
 template <class T>
@@ -159,8 +175,7 @@ Record typed(BnAct p, BnPass pass) {
   const char* name = pass == BnPass::kStats || pass == BnPass::kStatsFinish ? "bn_stats" : "bn_act_backward_reduce";
   const Shape shape{dim3(static_cast<unsigned>(p.chunks), static_cast<unsigned>(columns)), kBnThreads,
                     static_cast<unsigned>(kBnThreads * v * sizeof(Moments<A>))};
-  const Shape finish{dim3(static_cast<unsigned>(ceil_div(p.c, 32))), kBnThreads,
-                     static_cast<unsigned>(kBnThreads * sizeof(Moments<A>))};
+  const Shape finish = finish_shape(p.c, sizeof(Moments<A>));
   constexpr int V = kPer16Bytes<T>;
   switch (pass) {
     case BnPass::kStats:
@@ -184,6 +199,23 @@ Record bn_reduce_record(const BnAct& p, Type type, BnPass pass) {
     case Type::kFp32: return typed<float>(p, pass);
     default: return typed<double>(p, pass);
   }
+}
+
+int merge_moments_records(const MergeMoments& m, Record* records) {
+  BnAct p{};
+  p.c = m.c, p.chunks = m.chunks, p.partial = m.partial, p.result0 = m.mean, p.result1 = m.var;
+  int count = 0;
+  const auto add = [&](int parts) {
+    const Shape shape = finish_shape(m.c, sizeof(Moments<float>), parts);
+    allow_overlap(records[count++] = make_record(bn_reduce_finish_kernel<float, true>, shape, p, "merge_moments"));
+  };
+  if (const int parts = moments_parts(m.chunks)) {
+    p.merged = m.merged;
+    add(parts);
+    p.chunks = parts, p.partial = m.merged, p.merged = nullptr;
+  }
+  add(1);
+  return count;
 }
 
 }  // namespace fastres

@@ -1,4 +1,5 @@
-// torch.ops.fastres_cuda: records of the Hopper convolution for large batches.
+// torch.ops.fastres_cuda: records of the Hopper convolution for large batches, and its launch in training.
+#include "any_bn_act.h"
 #include "conv_arguments.h"
 #include "sm90_conv.h"
 
@@ -26,9 +27,40 @@ void sm90_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale
   });
 }
 
+// out = conv(x), and the mean and biased variance [K] of its channels before they are rounded.
+void sm90_conv_stats(const Tensor& x, const Tensor& weight, const Tensor& out, const Tensor& counter,
+                     const Tensor& scratch, Ints geometry, int64_t filters, int64_t pixels, int64_t cluster,
+                     const Tensor& mean, const Tensor& var) {
+  ThroughputConv t{};
+  t.conv = conv_arguments(x, weight, {}, {}, {}, out, geometry, 0, 0.0);
+  check_counters(counter, x, 1);
+  t.conv.counters = static_cast<int*>(pointer(counter));
+  const int64_t k = t.conv.shape.k;
+  check_channels(mean, x, k, "mean");
+  check_channels(var, x, k, "var");
+  const ConvTileShape tile{static_cast<int>(filters), static_cast<int>(pixels)};
+#ifndef FASTRES_EMULATOR
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+#endif
+  try {
+    const Sm90Conv p = sm90_conv_tiles(t, tile.filters, tile.pixels, static_cast<int>(cluster), 1);
+    const int chunks = sm90_conv_chunks(p, tile);
+    check_scratch(scratch, x, 12 * k * (chunks + moments_parts(chunks)), "scratch");
+    t.moments = static_cast<float*>(pointer(scratch));
+    Record records[3] = {sm90_conv_record(t, type_of(x, "x"), tile.filters, tile.pixels, static_cast<int>(cluster))};
+    const int count = merge_moments_records({k, chunks, t.moments, t.moments + 3 * k * chunks,
+                                             static_cast<float*>(pointer(mean)), static_cast<float*>(pointer(var))},
+                                            records + 1);
+    run_now(records, 1 + count, x);
+  } catch (const std::invalid_argument& e) {
+    fail("ValueError: ", e.what());
+  }
+}
+
 }  // namespace
 }  // namespace fastres
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_cuda, CompositeExplicitAutograd, m) {
   m.impl("sm90_conv_bn_act", TORCH_BOX(&fastres::sm90_conv_bn_act));
+  m.impl("sm90_conv_stats", TORCH_BOX(&fastres::sm90_conv_stats));
 }

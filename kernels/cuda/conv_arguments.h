@@ -98,8 +98,9 @@ inline ConvShape second_shape(const Tensor& second, const Tensor& x, const Tenso
   return conv_shape(second, out, Ints(one, 9));
 }
 
-// Everything but the tiles. `row`: elements of a filter's row of weights, where it is not the depth alone.
-inline ConvBnAct conv_arguments(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
+// Everything but the tiles. `row`: elements of a filter's row of weights, where it is not the depth alone. Only
+// statistics go without scale and shift.
+inline ConvBnAct conv_arguments(const Tensor& x, const Tensor& weight, const Optional& scale, const Optional& shift,
                          const Optional& residual, const Tensor& out, Ints geometry, int64_t act, double act_param,
                          int64_t row = 0) {
   check_device(x, "x");

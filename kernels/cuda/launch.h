@@ -166,7 +166,6 @@ inline void launch(const Record* records, int64_t count, void*) {
   }
   emulator::launch(row);
 }
-inline void launch(const Record& r, bool, void* stream) { launch(&r, 1, stream); }
 #endif
 
 // Of the current device.

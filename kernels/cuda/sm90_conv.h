@@ -24,6 +24,7 @@ struct Sm90Conv {
   const float *scale, *shift;
   const void* residual_rows;  // null: none
   void* out_rows;
+  float* moments;              // training: [chunks, k, 3] (conv_moments.cuh); null: none
   int* counter;                // zero: how many tiles were taken beyond the first one of every cluster
   int p, q, k, pixels, steps;  // steps: of both sources
   int tiles_k, tiles, clusters, cluster;
@@ -130,6 +131,9 @@ struct ConvLayout {
   }
 };
 constexpr int kLastSimple = 1;  // identity and ReLU, by their codes
+// What becomes of the sums: identity or ReLU, unrolled; any activation, its code once, the sums moving past it; in
+// training neither scale nor shift, but the statistics of every channel.
+enum class ConvFinish { kSimple, kGeneral, kStatistics };
 constexpr int kSharedBytes = 227 * 1024;  // a block of Hopper may have them
 
 // As many stages as fit beside the slots.
@@ -149,6 +153,7 @@ struct ThroughputConv {
   ConvBnAct conv;
   ConvShape second_shape;
   const void *second, *second_weight;
+  float* moments;  // training: the convolution alone, and the statistics of its channels, [sm90_conv_chunks, k, 3]
 };
 inline void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(what);
@@ -203,6 +208,11 @@ inline Sm90Conv sm90_conv_tiles(const ThroughputConv& t, int filters, int pixels
   // Tickets far enough ahead for the loader to fill all stages, and no further: what is taken early is not shared.
   p.ticks = std::clamp(static_cast<int>(ceil_div(p.stages, p.steps)) + 1, 2, kMaxTicks);
   return p;
+}
+
+// Runs of pixels that have statistics of their own: what a group of warps holds of a tile.
+inline int sm90_conv_chunks(const Sm90Conv& p, const ConvTileShape& tile) {
+  return p.tiles / p.tiles_k * p.cluster * (tile.share_pixels() ? kConvGroups : 1);
 }
 
 // Rows of channels, `rows` a box.

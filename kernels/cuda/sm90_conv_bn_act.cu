@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "activation.cuh"
+#include "conv_moments.cuh"
 #include "sm90_conv_load.cuh"
 #include "wgmma_wide.cuh"
 
@@ -25,18 +26,23 @@ static_assert(128 * (kLoaderRegisters + kConvGroups * kGroupRegisters) <= start_
 static_assert(kLastSimple == kRelu);
 
 // Eight sums: two filters (of scale.x, shift.x and of scale.y, shift.y) of four pairs of neighbouring pixels.
-template <class T, bool kGeneral>
+template <class T, ConvFinish kFinish>
 FASTRES_DEVICE void finish_eight(const Sm90Conv& p, const float (&v)[8], float2 scale, float2 shift, uint32_t address) {
   union {
     uint32_t bits[4];
     T v[8];
   } io;
-  if (p.residual_rows) ptx::load_transposed_x4(io.bits, address);
+  constexpr bool kStatistics = kFinish == ConvFinish::kStatistics;
+  if (!kStatistics && p.residual_rows) ptx::load_transposed_x4(io.bits, address);
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
+    if constexpr (kStatistics) {
+      io.v[i] = narrow<T>(v[i]);
+      continue;
+    }
     float z = i / 2 % 2 ? v[i] * scale.y + shift.y : v[i] * scale.x + shift.x;
     if (p.residual_rows) z += widen(io.v[i]);
-    if constexpr (kGeneral) {
+    if constexpr (kFinish == ConvFinish::kGeneral) {
       z = activate(p.act, z, p.act_param);
     } else if (p.act == kRelu) {
       z = relu(z);
@@ -64,14 +70,14 @@ FASTRES_DEVICE void for_chunk(const Sm90Conv& p, int thread, int filter, int pix
     move(swizzle_128(i, channel / 8) + channel % 8 * 2, static_cast<int64_t>(pixel + i) * p.k + filter + channel);
 }
 
-// kGeneral: any activation, its code once, the sums moving past it; else identity and ReLU, unrolled.
-template <class T, int kFilters, int kPixels, bool kGeneral>
+template <class T, int kFilters, int kPixels, ConvFinish kFinish>
 FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const ConvLayout& layout, const ConvBarriers& b,
                             Tickets tickets, int rank, int group) {
   constexpr ConvTileShape kTile{kFilters, kPixels};
   constexpr int kBlocks = kTile.group_filters() / 64, kColumns = kTile.group_pixels();
   constexpr int kSums = kColumns / 2;  // a thread, a block of 64 filters
-  constexpr bool kHalo = kTile.halo();
+  constexpr bool kHalo = kTile.halo(), kGeneral = kFinish == ConvFinish::kGeneral;
+  constexpr bool kStatistics = kFinish == ConvFinish::kStatistics;
   const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
   const uint32_t base = ptx::shared_address(memory);
   const uint32_t slots = layout.slots + group * p.slots * kChunkBytes;
@@ -104,7 +110,7 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
     const int first_filter = of.first_filter + group_filter, first_pixel = of.first_pixel + group_pixel;
     float2 scale[kBlocks], shift[kBlocks];
 #pragma unroll
-    for (int m = 0; m < kBlocks; ++m) {
+    for (int m = 0; m < kBlocks && !kStatistics; ++m) {
       const int top = first_filter + m * 64 + warp * 16 + lane / 4;
       scale[m] = {top < p.k ? p.scale[top] : 0.0f, top + 8 < p.k ? p.scale[top + 8] : 0.0f};
       shift[m] = {top < p.k ? p.shift[top] : 0.0f, top + 8 < p.k ? p.shift[top + 8] : 0.0f};
@@ -152,6 +158,8 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
     for (int m = 0; m < kBlocks; ++m) ptx::wgmma_wait<0>(sum[m]);
     release(previous);
     if constexpr (kHalo) release_box(box.slot ^ 1);
+    if constexpr (kStatistics)
+      write_moments<kHalo>(p, sum, first_filter + warp * 16 + lane / 4, first_pixel, lane);
 
     // A chunk is 64 filters of 64 pixels, in four parts of sixteen pixels; of 56 pixels in the halo form, where half of
     // the last part goes to rows of the slot that nobody reads.
@@ -195,7 +203,7 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
     };
     const auto finish_part = [&](const float (&v)[8], int m, int part) {
       const bool second = kBlocks > 1 && m > 0;
-      finish_eight<T, kGeneral>(p, v, second ? scale[kBlocks - 1] : scale[0], second ? shift[kBlocks - 1] : shift[0],
+      finish_eight<T, kFinish>(p, v, second ? scale[kBlocks - 1] : scale[0], second ? shift[kBlocks - 1] : shift[0],
                                 base + slots + out.slot * kChunkBytes + swizzle_128(part * 16 + row, chunk));
     };
     const auto filter_of = [&](int c) { return first_filter + c * kChunkPixels / kColumns * 64; };
@@ -243,7 +251,7 @@ FASTRES_DEVICE void sync_blocks(int cluster) {
   }
 }
 
-template <class T, int kFilters, int kPixels, bool kGeneral>
+template <class T, int kFilters, int kPixels, ConvFinish kFinish>
 __global__ void __launch_bounds__(kThreads, 1) sm90_conv_bn_act_kernel(const __grid_constant__ Sm90Conv p) {
   constexpr ConvTileShape kTile{kFilters, kPixels};
   ptx::let_successor_start();
@@ -297,7 +305,7 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_conv_bn_act_kernel(const __g
     }
   } else {
     ptx::take_registers<kGroupRegisters>();
-    compute<T, kFilters, kPixels, kGeneral>(p, memory, layout, b, tickets, rank, warp / 4 - 1);
+    compute<T, kFilters, kPixels, kFinish>(p, memory, layout, b, tickets, rank, warp / 4 - 1);
   }
   // Nobody leaves while another block may still arrive here or load for it.
   ptx::sync_warp();
@@ -320,9 +328,13 @@ Record typed(const Sm90Conv& p) {
   const Shape shape{dim3(static_cast<unsigned>(p.clusters * p.cluster)), kThreads,
                     static_cast<unsigned>(ConvLayout::of(kTile, p.stages, p.slots).bytes),
                     static_cast<unsigned>(p.cluster)};
-  auto* kernel = sm90_conv_bn_act_kernel<T, kFilters, kPixels, false>;
+  auto* kernel = sm90_conv_bn_act_kernel<T, kFilters, kPixels, ConvFinish::kSimple>;
+  if (p.moments) {
+    kernel = sm90_conv_bn_act_kernel<T, kFilters, kPixels, ConvFinish::kStatistics>;
+    return make_record(kernel, shape, p, "sm90_conv_stats");
+  }
   if constexpr (!kTile.halo())
-    if (p.act > kRelu) kernel = sm90_conv_bn_act_kernel<T, kFilters, kPixels, true>;
+    if (p.act > kRelu) kernel = sm90_conv_bn_act_kernel<T, kFilters, kPixels, ConvFinish::kGeneral>;
   return make_record(kernel, shape, p, kTile.halo() ? "sm90_conv_bn_act, halo" : "sm90_conv_bn_act");
 }
 
@@ -358,7 +370,7 @@ Record sm90_conv_record(const ThroughputConv& t, Type type, int filters, int pix
     if (t.conv.residual) p.residual = output_map(t.conv.residual);
   }
   p.scale = t.conv.scale, p.shift = t.conv.shift;
-  p.residual_rows = t.conv.residual, p.out_rows = t.conv.out, p.counter = t.conv.counters;
+  p.residual_rows = t.conv.residual, p.out_rows = t.conv.out, p.counter = t.conv.counters, p.moments = t.moments;
   p.act = t.conv.act, p.act_param = t.conv.act_param;
   return type == Type::kBf16 ? sized<bf16>(p, filters, pixels) : sized<fp16>(p, filters, pixels);
 }

@@ -156,17 +156,19 @@ inline void check_scratch(const Tensor& t, const Tensor& x, int64_t bytes, const
 inline void* pointer(const Tensor& t) { return t.data_ptr(); }
 inline void* pointer(const Optional& t) { return t ? t->data_ptr() : nullptr; }
 
-// Launches on the current stream of the tensor's device.
-inline void run_now(const Record& record, const Tensor& x) {
+// Launches `count` records, each overlapping with the one before where it can, on the current stream of the tensor's
+// device.
+inline void run_now(const Record* records, int64_t count, const Tensor& x) {
 #ifdef FASTRES_EMULATOR
   (void)x;
-  launch(record, false, nullptr);
+  launch(records, count, nullptr);
 #else
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  launch(record, false, static_cast<cudaStream_t>(stream));
+  launch(records, count, static_cast<cudaStream_t>(stream));
 #endif
 }
+inline void run_now(const Record& record, const Tensor& x) { run_now(&record, 1, x); }
 
 }  // namespace fastres

@@ -52,8 +52,8 @@ def kernel(monkeypatch):
     def conv_stats_takes(x, weight, *geometry):
         return weight.shape[2:] == (1, 1)
 
-    own, find = {"conv_stats": conv_stats, "conv_stats_takes": conv_stats_takes}, primitives.find
-    monkeypatch.setattr(primitives, "find", lambda name, x: own.get(name) or find(name, x))
+    own, every = {"conv_stats": conv_stats, "conv_stats_takes": conv_stats_takes}, primitives.every
+    monkeypatch.setattr(primitives, "every", lambda name, x: (own[name],) if name in own else every(name, x))
     return calls
 
 

@@ -104,6 +104,24 @@ def test_the_op_takes_the_kernel_on_hopper(shape, dtype):
     torch.testing.assert_close(var.double(), y.double().var(AXES, correction=0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("size", "stride", "k"), [(3, 1, 64), (1, 2, 256)])
+def test_the_op_takes_the_cuda_kernel_where_triton_has_none(size, stride, k):
+    """A 3x3, and a strided 1x1, of a batch that writes enough."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("a Hopper kernel")
+    x, _ = tensors(90, 64, 56, 1, torch.bfloat16)
+    weight = (torch.randn(k, 64, size, size, device=DEVICE) / (64 * size * size) ** 0.5).to(torch.bfloat16)
+    geometry = (stride, stride), (size // 2,) * 2, (1, 1), 1
+    kernel = kernel_for(x, weight, *geometry)
+    assert kernel is not None and kernel.__module__ == "fastres.backends.cuda_ops"
+    y, mean, var = ops.conv_stats(x, weight, *geometry)
+    exact = F.conv2d(x.double(), weight.double(), None, *geometry)
+    magnitude = F.conv2d(x.double().abs(), weight.double().abs(), None, *geometry)
+    assert_close_to_oracle(y, exact, magnitude=magnitude, k=64 * size * size)
+    torch.testing.assert_close(mean.double(), exact.mean(AXES), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(var.double(), exact.var(AXES, correction=0), rtol=1e-5, atol=0)
+
+
 def test_a_training_step():
     """A Bottleneck whose 1x1 convolutions emit their statistics: as near to fp64 as without, no wait of the
     host, and running statistics alike."""

@@ -47,6 +47,18 @@ def takes_halo(spec: ConvSpec) -> bool:
     return same and _HALO_ROW % spec.w == 0 and spec.k % 8 == 0 and spec.act in (IDENTITY, RELU)
 
 
+def tile_run(spec: ConvSpec, pixels: int) -> int:
+    """Output pixels that tiles of `pixels` are cut from; the halo form's include some that do not exist."""
+    if pixels % _HALO_ROW:
+        return spec.n * spec.p * spec.q
+    return ceil_div(spec.n * spec.w, _HALO_ROW) * ceil_div(spec.h, pixels // _HALO_ROW) * pixels
+
+
+def tiles_for(spec: ConvSpec, target: Target) -> tuple[ThroughputConfig, ...]:
+    """All tiles for a convolution, best first."""
+    return _configs(spec, _steps(spec), target)
+
+
 def _configs(spec: ConvSpec, steps: int, target: Target, dual: bool = False) -> tuple[ThroughputConfig, ...]:
     """By a model of the time, in clocks of an SM. Unmeasured.
 
@@ -61,10 +73,7 @@ def _configs(spec: ConvSpec, steps: int, target: Target, dual: bool = False) -> 
     for filters, pixels in TILES + (HALO_TILES if not dual and takes_halo(spec) else ()):
         halo = pixels % _HALO_ROW == 0
         taps, loaded = (3, pixels + 2 * _HALO_ROW) if halo else (1, pixels)
-        run = spec.n * spec.p * spec.q
-        if halo:
-            rows = pixels // _HALO_ROW
-            run = ceil_div(spec.n * spec.w, _HALO_ROW) * ceil_div(spec.h, rows) * pixels
+        run = tile_run(spec, pixels)
         columns = pixels // 2 if filters == 64 else pixels  # of a wgmma
         products = taps * filters * pixels * _STEP / 2048
         operands = (taps * filters + loaded) * 128 + products * 2048 * 2 * (1 / 64 + 1 / columns)
@@ -79,7 +88,7 @@ def _configs(spec: ConvSpec, steps: int, target: Target, dual: bool = False) -> 
     return tuple(config for _, config in sorted(found, key=lambda pair: pair[0]))
 
 
-def _why_not(spec: ConvSpec, name: str) -> str | None:
+def why_not(spec: ConvSpec, name: str) -> str | None:
     if spec.groups != 1:
         return f"takes one group, the {name} has {spec.groups}"
     if spec.c % 8:
@@ -104,10 +113,10 @@ class Sm90ConvBnAct(CudaCandidate):
     capability = 90
 
     def refuses(self, problem: Problem, target: Target) -> str | None:
-        return _why_not(problem["conv"], "convolution")
+        return why_not(problem["conv"], "convolution")
 
     def configs(self, problem: Problem, target: Target) -> Sequence[ThroughputConfig]:
-        return _configs(problem["conv"], _steps(problem["conv"]), target)
+        return tiles_for(problem["conv"], target)
 
     def counters(self, problem: Problem, config: ThroughputConfig) -> int:
         return 1
@@ -146,7 +155,7 @@ class Sm90Dual(CudaCandidate):
     capability = 90
 
     def refuses(self, problem: Problem, target: Target) -> str | None:
-        return _why_not(problem["expand"], "expand") or _why_not(problem["shortcut"], "shortcut")
+        return why_not(problem["expand"], "expand") or why_not(problem["shortcut"], "shortcut")
 
     def configs(self, problem: Problem, target: Target) -> Sequence[ThroughputConfig]:
         steps = _steps(problem["expand"]) + _steps(problem["shortcut"])

@@ -59,17 +59,17 @@ def test_no_product_waits_for_the_one_before(built):
 
 
 def test_hopper_convolution_has_every_tile_and_its_registers_fit_the_roles(built):
-    """Every config is compiled for both types, without and (but for the halo form) with the switch of activations,
-    at 168 registers: what 384 threads share before warps give and take."""
+    """Every config is compiled for both types, simple (0), with the switch of activations (1, but for the halo form)
+    and with statistics (2), at 168 registers: what 384 threads share before warps give and take."""
     seen = set()
     for name, arch, registers, *_ in built[1]:
-        found = re.search(r"sm90_conv_bn_act_kernel<(\w+), (\d+), (\d+), (true|false)>", name)
+        found = re.search(r"sm90_conv_bn_act_kernel<(\w+), (\d+), (\d+), .*?(\d)>", name)
         if found and arch == "sm_90a":
             seen.add(found.groups())
             assert registers == 168, (name, registers)
-    wanted = itertools.product(("__half", "__nv_bfloat16"), TILES, ("true", "false"))
-    wanted = {*wanted, *itertools.product(("__half", "__nv_bfloat16"), HALO_TILES, ("false",))}
-    assert seen == {(dtype, str(m), str(n), general) for dtype, (m, n), general in wanted}
+    wanted = itertools.product(("__half", "__nv_bfloat16"), TILES, "012")
+    wanted = {*wanted, *itertools.product(("__half", "__nv_bfloat16"), HALO_TILES, "02")}
+    assert seen == {(dtype, str(m), str(n), finish) for dtype, (m, n), finish in wanted}
 
 
 def test_the_stem_has_every_source_of_rows_at_the_registers_that_its_roles_share_out(built):
