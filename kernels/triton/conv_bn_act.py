@@ -5,12 +5,49 @@ x [N, H, W, C], w [K, R * S * CS] row-major, scale and shift fp32 [K], residual 
 A *slice* is a run of output channels that reads one run of input channels: everything when dense, one group,
 or several small groups at once with a block-diagonal weight. Its zeros are multiplied too, so a NaN or an
 infinity in one group reaches the groups that share its slice.
+
+Persistent forms take DYNAMIC tiles: equal shares let the slowest multiprocessor finish last (up to 8 % of a
+memory-bound layer on an H100). A program walks through its part of a *round* of tiles in one pipelined loop, which
+a claim for every tile would end. The first round, 7/8 of the tiles, is shared out evenly; of every later one, about
+half of what is left, a program claims its part from a counter when it comes to it (factoring: Hummel, Schonberg and
+Flynn, 1992, "Factoring: a method for scheduling parallel loops"), down to 1/32 of an even share. Counters, one for
+each column of resident weights, are zero before a launch and after it. (The other kernels of this folder launch a
+program a tile, which the GPU itself hands out as programs end.)
 """
 
 import triton
 import triton.language as tl
 
 from .activation import activate
+
+
+@triton.jit
+def part_of(ticket, tiles, programs, DYNAMIC: tl.constexpr):
+    """(begin, end, parts): ticket number `ticket` stands for the tiles begin, begin + programs, … below `end`, or for
+    none, where begin >= tiles; `parts` counts the tickets that stand for some, up to the end of this one's round."""
+    size = max(tiles // 8 * 7 // programs, 1) if DYNAMIC else tl.cdiv(tiles, programs)
+    least = max(tiles // (32 * programs), 1)
+    first = 0
+    start = 0
+    parts = min(tiles, programs)
+    while ticket >= first + programs:
+        first += programs
+        start += size * programs
+        parts += min(max(tiles - start, 0), programs)
+        size = max((tiles - start) // (2 * programs), least)
+    return start + ticket - first, min(start + size * programs, tiles), parts
+
+
+@triton.jit
+def claim_part(counter, tiles, programs):
+    """(begin, end) of the next part. Who claims last zeroes the counter: there are as many claims as parts, since
+    each program's last claim finds none and its first part takes none."""
+    claimed = tl.atomic_add(counter, 1, sem="relaxed")
+    begin, end, parts = part_of(programs + claimed, tiles, programs, True)
+    if begin >= tiles:
+        if claimed == parts - 1:
+            tl.atomic_xchg(counter, 0, sem="relaxed")
+    return begin, end
 
 
 @triton.jit
@@ -126,11 +163,13 @@ def pointwise_stationary_kernel(
     d_y,
     scale,
     shift,
+    counter,  # int32 [columns]
     M,
     act_param,
     K: tl.constexpr,
     ACT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    DYNAMIC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -139,20 +178,26 @@ def pointwise_stationary_kernel(
     """1x1 with its weights resident: the whole reduction is one dot, so the persistent tile loop is innermost
     and x and the residual of the next tiles are prefetched (`num_stages` on tl.range pipelines any load)."""
     N_TILES: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
-    o_n = (tl.program_id(0) % N_TILES) * BLOCK_N
+    i_n = tl.program_id(0) % N_TILES
+    o_n = i_n * BLOCK_N
     o_k = o_n + tl.arange(0, BLOCK_N)
     b = d_w.load([o_n, 0])
     b_scale = tl.load(scale + o_k, mask=o_k < K)
     b_shift = tl.load(shift + o_k, mask=o_k < K)
-    m_tiles = tl.cdiv(M, BLOCK_M)
-    for i_m in tl.range(
-        tl.program_id(0) // N_TILES, m_tiles, tl.num_programs(0) // N_TILES, num_stages=STAGES
-    ):
-        a = d_x.load([i_m * BLOCK_M, 0])
-        z = tl.dot(a, b.T, input_precision=PRECISION) * b_scale[None, :] + b_shift[None, :]
-        if HAS_RESIDUAL:
-            z += d_residual.load([i_m * BLOCK_M, o_n]).to(tl.float32)
-        d_y.store([i_m * BLOCK_M, o_n], activate(z, act_param, ACT).to(d_y.dtype))
+    tiles = tl.cdiv(M, BLOCK_M)
+    programs = tl.num_programs(0) // N_TILES
+    begin, end, _ = part_of(tl.program_id(0) // N_TILES, tiles, programs, DYNAMIC)
+    while begin < tiles:
+        for i_m in tl.range(begin, end, programs, num_stages=STAGES):
+            a = d_x.load([i_m * BLOCK_M, 0])
+            z = tl.dot(a, b.T, input_precision=PRECISION) * b_scale[None, :] + b_shift[None, :]
+            if HAS_RESIDUAL:
+                z += d_residual.load([i_m * BLOCK_M, o_n]).to(tl.float32)
+            d_y.store([i_m * BLOCK_M, o_n], activate(z, act_param, ACT).to(d_y.dtype))
+        if DYNAMIC:
+            begin, end = claim_part(counter + i_n, tiles, programs)
+        else:
+            begin = tiles
 
 
 @triton.jit
@@ -163,12 +208,14 @@ def pointwise_persistent_kernel(
     d_y,
     scale,
     shift,
+    counter,  # int32 [1]
     M,
     act_param,
     C: tl.constexpr,
     K: tl.constexpr,
     ACT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    DYNAMIC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -178,21 +225,30 @@ def pointwise_persistent_kernel(
     """1x1 with a loop over the reduction in the persistent tile loop, both pipelined as one (`flatten`)."""
     N_TILES: tl.constexpr = (K + BLOCK_N - 1) // BLOCK_N
     m_tiles = tl.cdiv(M, BLOCK_M)
-    for tile in tl.range(tl.program_id(0), m_tiles * N_TILES, tl.num_programs(0), flatten=True):
-        group = tile // (GROUP_M * N_TILES)
-        rows = min(m_tiles - group * GROUP_M, GROUP_M)
-        i_m = group * GROUP_M + (tile % (GROUP_M * N_TILES)) % rows
-        o_n = (tile % (GROUP_M * N_TILES)) // rows * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in range(0, C, BLOCK_K):
-            a = d_x.load([i_m * BLOCK_M, k0])
-            b = d_w.load([o_n, k0])
-            acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
-        o_k = o_n + tl.arange(0, BLOCK_N)
-        z = acc * tl.load(scale + o_k, mask=o_k < K)[None, :] + tl.load(shift + o_k, mask=o_k < K)[None, :]
-        if HAS_RESIDUAL:
-            z += d_residual.load([i_m * BLOCK_M, o_n]).to(tl.float32)
-        d_y.store([i_m * BLOCK_M, o_n], activate(z, act_param, ACT).to(d_y.dtype))
+    tiles = m_tiles * N_TILES
+    programs = tl.num_programs(0)
+    begin, end, _ = part_of(tl.program_id(0), tiles, programs, DYNAMIC)
+    while begin < tiles:
+        for tile in tl.range(begin, end, programs, flatten=True):
+            group = tile // (GROUP_M * N_TILES)
+            rows = min(m_tiles - group * GROUP_M, GROUP_M)
+            i_m = group * GROUP_M + (tile % (GROUP_M * N_TILES)) % rows
+            o_n = (tile % (GROUP_M * N_TILES)) // rows * BLOCK_N
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for k0 in range(0, C, BLOCK_K):
+                a = d_x.load([i_m * BLOCK_M, k0])
+                b = d_w.load([o_n, k0])
+                acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+            o_k = o_n + tl.arange(0, BLOCK_N)
+            z = acc * tl.load(scale + o_k, mask=o_k < K)[None, :]
+            z += tl.load(shift + o_k, mask=o_k < K)[None, :]
+            if HAS_RESIDUAL:
+                z += d_residual.load([i_m * BLOCK_M, o_n]).to(tl.float32)
+            d_y.store([i_m * BLOCK_M, o_n], activate(z, act_param, ACT).to(d_y.dtype))
+        if DYNAMIC:
+            begin, end = claim_part(counter, tiles, programs)
+        else:
+            begin = tiles
 
 
 @triton.jit

@@ -230,8 +230,9 @@ def check_candidate(
     """Run `candidate` on random data and hold every output to the oracle.
 
     Outputs are NaN-poisoned and guarded, the workspace holds garbage, `runs` runs must agree bit by bit and
-    leave the inputs alone. `integers`: whole inputs, and every element must be exact where layers allow it
-    (identity, ReLU, ReLU6, no mean); intermediate values are rounded to `problem.dtype`, as between kernels.
+    leave the inputs alone, and Triton's and Gluon's their counters at zero. `integers`: whole inputs, and every element
+    must be exact where layers allow it (identity, ReLU, ReLU6, no mean); intermediate values are rounded to
+    `problem.dtype`, as between kernels.
     `planar`: the inputs that the candidate takes contiguous come so. `distinct`: the batch repeats so many images,
     whose results must be equal wherever in the batch they stand, and the oracle computes each once: how large batches
     are checked.
@@ -275,6 +276,10 @@ def check_candidate(
         for role, value in current.items():
             if role in outputs:
                 assert_same_bits(outputs[role], value, f"{candidate} {problem} {role}: two runs")
+        # (CUDA's kernels rely on the runner alone, which zeroes counters before every run.)
+        assert candidate.backend == "cuda" or not counters.any(), (
+            f"{candidate} {problem}: counters are not zero"
+        )
         outputs = current
     for guard in guards:
         guard()

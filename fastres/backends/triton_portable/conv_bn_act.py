@@ -49,6 +49,11 @@ class ConvBnAct(TritonCandidate):
         work = conv_work(problem["conv"], self.configs(problem, target)[0], problem.dtype.itemsize)
         return 0.0 if work is None else work.ms(problem, target)
 
+    def counters(self, problem: Problem, config: ConvConfig) -> int:
+        if not config.dynamic:
+            return 0
+        return cdiv(problem["conv"].k, config.block_n) if config.form == "stationary" else 1
+
     def prepare_key(self, problem, config):
         return (problem.dtype, config.form == "depthwise")
 
@@ -72,6 +77,7 @@ class ConvBnAct(TritonCandidate):
                 constants,
                 precision(problem),
                 wide(problem),
+                buffers.counters,
             )
         ]
 
@@ -98,8 +104,8 @@ def conv_work(spec: ConvSpec, config: ConvConfig, itemsize: int) -> Work | None:
     return Work(one.blocks * (spec.k // outputs), one.l2_bytes)
 
 
-def conv_call(spec, config, x, residual, y, constants, input_precision, is_wide) -> Call:
-    """The launch of one convolution in the form that `config` names."""
+def conv_call(spec, config, x, residual, y, constants, input_precision, is_wide, counters=None) -> Call:
+    """The launch of one convolution in the form that `config` names; `counters` of its dynamic tiles."""
     weight, scale, shift = constants
     m = spec.n * spec.p * spec.q
     act = dict(act_param=spec.act.param, ACT=spec.act.code, HAS_RESIDUAL=residual is not None)
@@ -116,8 +122,10 @@ def conv_call(spec, config, x, residual, y, constants, input_precision, is_wide)
             d_y=d_y,
             scale=scale,
             shift=shift,
+            counter=counters if config.dynamic else scale,
             M=m,
             K=spec.k,
+            DYNAMIC=config.dynamic,
             PRECISION=input_precision,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,

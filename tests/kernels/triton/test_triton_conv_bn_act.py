@@ -1,19 +1,26 @@
 """`triton.conv_bn_act` in the interpreter: every form against fp64 PyTorch, on tiny odd shapes."""
 
+import builtins
+import random
+from collections import Counter
+from dataclasses import replace
+from types import FunctionType, SimpleNamespace
+
 import pytest
 import torch
 from problems import check_candidate, conv_problem
 
 from fastres.activation import IDENTITY, KINDS, RELU, Activation
 from fastres.backends.triton_portable.conv_bn_act import ConvBnAct
+from fastres.kernels.triton.conv_bn_act import claim_part, part_of
 from fastres.plan.candidate import REGISTRY
 from fastres.tuning.portable_config import ConvConfig
 
 CANDIDATE = REGISTRY["triton.conv_bn_act"]
 IMPLICIT = ConvConfig("implicit", 16, 16, 16, 4, 2)
 DEPTHWISE = ConvConfig("depthwise", 16, 16, 1, 4, 1)
-STATIONARY = ConvConfig("stationary", 16, 16, 32, 4, 2)
-PERSISTENT = ConvConfig("persistent", 16, 16, 16, 4, 2)
+STATIONARY = ConvConfig("stationary", 16, 16, 32, 4, 2, dynamic=True)
+PERSISTENT = ConvConfig("persistent", 16, 16, 16, 4, 2, dynamic=True)
 DTYPES = [torch.float32, torch.float16]
 
 
@@ -80,6 +87,56 @@ def test_pointwise_forms(c, k, residual, config, dtype):
     problem = conv_problem(2, c, 5, 7, k, 1, dtype=dtype, residual=residual, act=RELU)
     check_candidate(CANDIDATE, problem, config)
     check_candidate(CANDIDATE, problem, config, integers=True)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("config", [STATIONARY, PERSISTENT], ids=lambda c: c.form)
+def test_many_tiles(config, dynamic):
+    """39 rows of tiles, two columns, two programs a column: several rounds of claims. (The interpreter runs one
+    program after the other: the first one claims them all, the last one finds none and zeroes the counter.)"""
+    config = replace(config, dynamic=dynamic)
+    problem = conv_problem(1, 16, 24, 26, 24, 1, dtype=torch.float16, residual=True, act=RELU)
+    assert CANDIDATE.counters(problem, config) == (dynamic and (2 if config.form == "stationary" else 1))
+    check_candidate(CANDIDATE, problem, config, integers=True)
+
+
+@pytest.mark.parametrize(
+    "tiles, programs", [(1, 1), (5, 5), (6, 5), (39, 2), (100, 7), (1000, 66), (12544, 132), (97, 96)]
+)
+def test_claims_in_any_order_take_every_tile_once(tiles, programs):
+    """The kernels' own code, on whole numbers, with programs of very different speeds."""
+    counter, rng = [0], random.Random(tiles)
+
+    def atomic_add(pointer, value, sem):
+        pointer[0] += value
+        return pointer[0] - value
+
+    def atomic_xchg(pointer, value, sem):
+        pointer[0] = value
+
+    def plain(function):
+        names = {"tl": SimpleNamespace(atomic_add=atomic_add, atomic_xchg=atomic_xchg), "part_of": part_of.fn}
+        return FunctionType(function.fn.__code__, {"__builtins__": builtins, **names})
+
+    part, claim = plain(part_of), plain(claim_part)
+    for _ in range(2):  # launches
+        work = {i: part(i, tiles, programs, True)[:2] for i in range(programs)}
+        taken, parts = Counter(), []
+        while work:
+            # The low numbers are slow.
+            i = max(rng.sample(list(work), min(3, len(work))))
+            begin, end = work.pop(i)
+            if begin < tiles:
+                taken.update(range(begin, end, programs))
+                begin, end = work[i] = claim(counter, tiles, programs)
+                parts.append(max(len(range(begin, end, programs)), 0))
+        assert sorted(taken) == list(range(tiles)) and set(taken.values()) == {1}
+        assert counter == [0]
+    # They shrink to 1/32 of a share, or a tile, and then there are none; seven rounds at most.
+    assert parts == sorted(parts, reverse=True) and parts[-programs:] == [0] * programs
+    least = max(tiles // programs // 32, 1)
+    assert len(parts) == programs or parts[-programs - 1] <= least
+    assert len(parts) <= 8 * programs
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
