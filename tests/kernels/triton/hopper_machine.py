@@ -179,10 +179,40 @@ class Pointer:
         return at
 
 
+def tma_fault(address, dims, strides, box, size, swizzle) -> str | None:
+    """What cuTensorMapEncodeTiled would refuse (CUDA driver API, tensor map object management), or None. Innermost
+    dimension first; strides in bytes, of the dimensions after it; box of one copy."""
+    if address % 16:
+        return f"the address {address:#x} is not a multiple of 16"
+    if not 1 <= len(dims) <= 5 or len(box) != len(dims) or len(strides) != len(dims) - 1:
+        return f"{len(dims)} dimensions, {len(box)} of the box, {len(strides)} strides"
+    if not all(1 <= extent <= 2**32 for extent in dims):
+        return f"an extent of {dims} is 0 or over 2^32"
+    if not all(stride % 16 == 0 and 0 < stride < 2**40 for stride in strides):
+        return f"a stride of {strides} is no multiple of 16, or is 2^40 or more"
+    if not all(1 <= extent <= 256 for extent in box):
+        return f"a side of the box {box} is over 256"
+    if box[0] * size % 16:
+        return f"the box's rows of {box[0] * size} bytes are no multiple of 16"
+    if swizzle and box[0] * size > swizzle:
+        return f"the box's rows of {box[0] * size} bytes are longer than the swizzle's {swizzle}"
+    # Triton passes extents and coordinates as int32.
+    if max(dims) >= 2**31:
+        return f"an extent of {dims} does not fit into 31 bits"
+    return None
+
+
 class Descriptor:
     def __init__(self, host):
         self.host = host
         size = host.base.element_size()
+        swizzle = host.layout.swizzle_byte_width
+        inner = min(host.block_shape[-1], swizzle // size)
+        strides = [stride * size for stride in host.strides[-2::-1]]
+        box = [inner, *host.block_shape[-2::-1]]
+        fault = tma_fault(host.base.data_ptr(), list(host.shape)[::-1], strides, box, size, swizzle)
+        if fault is not None:
+            raise MachineError(f"the driver would refuse this tensor map: {fault}")
         self.block_type = types.SimpleNamespace(
             shape=list(host.block_shape), nbytes=math.prod(host.block_shape) * size
         )

@@ -8,12 +8,13 @@ deadlocks and races of threads with TMA and wgmma; it cannot cover layouts insid
 
 import inspect
 import random
+import re
 import textwrap
 from dataclasses import replace
 
 import pytest
 import torch
-from hopper_machine import Machine
+from hopper_machine import Machine, MachineError, tma_fault
 from problems import H100, check_candidate, conv_problem, network_problems, problem_of, random_problems
 
 from fastres.activation import IDENTITY, RELU, Activation
@@ -357,3 +358,32 @@ def test_the_machine_shows_broken_synchronisation(machine, monkeypatch, old, new
         for seed in range(20):
             machine.seed = seed
             check(machine, "hopper.conv_bn_act", problem, GemmConfig(64, 64, stages=2))
+
+
+MAP = dict(address=1 << 20, dims=[64, 8, 3], strides=[128, 1024], box=[64, 8, 1], size=2, swizzle=128)
+REFUSED = {
+    "multiple of 16": [dict(address=8), dict(strides=[120, 1024]), dict(box=[4, 8, 1])],
+    "2\\^40": [dict(strides=[128, 1 << 40])],
+    "over 256": [dict(box=[64, 257, 1])],
+    "swizzle": [dict(swizzle=64)],
+    "31 bits": [dict(dims=[64, 1 << 31, 3])],
+    "is 0": [dict(dims=[64, 0, 3])],
+    "dimensions": [dict(dims=[64] * 6), dict(strides=[128])],
+}
+
+
+def test_the_machine_takes_the_tensor_maps_that_the_driver_takes():
+    assert tma_fault(**MAP) is None
+    for reason, changes in REFUSED.items():
+        for change in changes:
+            assert re.search(reason, tma_fault(**{**MAP, **change}) or ""), change
+
+
+def test_a_tensor_map_that_the_driver_would_refuse_fails_on_the_machine(machine, monkeypatch):
+    """An image of 4 channels: its rows are 8 bytes."""
+    monkeypatch.setattr(
+        "triton.experimental.gluon.nvidia.hopper.TensorDescriptor.__post_init__", lambda self: None
+    )
+    monkeypatch.setattr("fastres.backends.triton_hopper.conv_bn_act.unfit_layer", lambda spec: None)
+    with pytest.raises(MachineError, match="the driver would refuse"):
+        check(machine, "hopper.conv_bn_act", conv_problem(1, 4, 12, 12, 64, 1, BF16))
