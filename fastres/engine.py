@@ -28,6 +28,7 @@ from fastres.graph.evaluate import evaluate, normalize
 from fastres.graph.ir import Graph
 from fastres.graph.versions import Watch
 from fastres.plan import planner
+from fastres.plan.candidate import REGISTRY
 from fastres.plan.context import Context
 from fastres.plan.planner import Plan
 from fastres.plan.problem import Problem
@@ -206,13 +207,13 @@ class Engine:
             from fastres.plan.measure import Measure
 
             cost_model = Measure(key.device)
-        target = detect(key.device)
+        allowed, target = _allowed(), detect(key.device)
         make = partial(
             planner.make_plan, graph, shapes, key.dtype, target, key.flags, cost_model, dropped=self.dropped
         )
         wanted = self.options.backend
         if wanted == "auto":
-            return make(backends=_allowed(), strict=False)
+            return make(backends=allowed, strict=False)
         if wanted in missing:
             raise planner.NoCandidate(f"backend: {wanted!r} is not here: {missing[wanted]}")
         return make(backends=(wanted,))
@@ -361,13 +362,21 @@ class Engine:
 
 
 def _allowed() -> tuple[str, ...] | None:
-    """The families that automatic choice may use."""
-    from fastres.backends import FAMILIES
+    """The families that automatic choice may use; ValueError for a name in FASTRES_BACKENDS that nobody has."""
+    from fastres.backends import FAMILIES, load
+    from fastres.ops.primitives import names_of_primitives
 
     names = env.backends()
     unknown = [name for name in names or () if name not in FAMILIES]
     if unknown:
         raise ValueError(f"FASTRES_BACKENDS names {', '.join(unknown)}, it takes {', '.join(FAMILIES)}")
+    known = {*FAMILIES, *REGISTRY.candidates, *names_of_primitives()}
+    # the candidates of a family that cannot be imported are not known here
+    strange = sorted(n for n in env.excluded() - known if n.partition(".")[0] not in load())
+    if strange:
+        raise ValueError(
+            f"FASTRES_BACKENDS leaves out {', '.join(strange)}: no backend or kernel bears such a name"
+        )
     return names
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 VARIABLES = {
     "FASTRES_CACHE": "folder for compiled libraries and tuned tables (default: $XDG_CACHE_HOME/fastres)",
-    "FASTRES_BACKENDS": "comma-separated backends that automatic choice may use (default: all)",
+    "FASTRES_BACKENDS": "backends that automatic choice may use (default: all); with a minus what nobody may, as in "
+    "-cuda.sm90_dual,-hopper",
     "FASTRES_LOG": "level of the `fastres` logger: debug, info, warning, error (default: warning)",
     "FASTRES_BUILD": "0: never run a compiler, use prebuilt or cached libraries only (default: 1)",
     "FASTRES_COMPILE_JOBS": "processes that compile a plan's Triton kernels (default: the cores, at most 16; 0: none)",
@@ -38,8 +39,18 @@ def cache_dir() -> Path:
 
 def backends() -> tuple[str, ...] | None:
     """Names of the backends that automatic choice may use; None: all of them."""
-    value = _read("FASTRES_BACKENDS")
-    return tuple(name.strip() for name in value.split(",") if name.strip()) if value else None
+    names = tuple(name for name in _listed() if not name.startswith("-"))
+    return names or None
+
+
+def excluded() -> frozenset[str]:
+    """What is never run, whoever asks: names of backends, of candidates ("cuda.sm90_dual"), and of the primitives of
+    training ("triton.bn_act")."""
+    return frozenset(name[1:].strip() for name in _listed() if name.startswith("-"))
+
+
+def _listed() -> list[str]:
+    return [name.strip() for name in (_read("FASTRES_BACKENDS") or "").split(",") if name.strip()]
 
 
 def start_log() -> None:

@@ -51,6 +51,13 @@ BACKENDS = (
     Backend("cpu", "fastres.backends.cpu_ops", "cpu", library="cpu"),
     Backend("torch", "fastres.ops.torch_primitives", "any"),
 )
+
+
+def names_of_primitives() -> list[str]:
+    """As FASTRES_BACKENDS may leave them out: "cuda.bn_act"."""
+    return [f"{backend.name}.{name}" for backend in BACKENDS[:-1] for name in (*NAMES, OPTIONAL[0])]
+
+
 _found: dict[tuple[str, str, torch.dtype], tuple[Callable, ...]] = {}
 _pinned: str | None = None
 
@@ -58,12 +65,17 @@ _pinned: str | None = None
 def candidates(name: str, device: str, dtype: torch.dtype) -> list[tuple[str, Callable | None, str | None]]:
     """(backend, function or None, reason why it cannot run or None), in the order in which they are tried."""
     rows: list[tuple[str, Callable | None, str | None]] = []
+    excluded = frozenset() if _pinned else env.excluded()
     allowed = (_pinned,) if _pinned else env.backends()
     for backend in BACKENDS:
         if backend.device not in (device, "any"):
             continue
         if allowed is not None and backend.name not in (*allowed, "torch"):
             rows.append((backend.name, None, f"only {', '.join(allowed)} may be used"))
+            continue
+        # who has conv_stats_takes has conv_stats
+        if excluded & {backend.name, f"{backend.name}.{name.removesuffix('_takes')}"}:
+            rows.append((backend.name, None, "FASTRES_BACKENDS leaves it out"))
             continue
         function, reason = _load(backend, name, dtype)
         rows.append((backend.name, function, reason))

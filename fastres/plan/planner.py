@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastres import env
 from fastres.graph.ir import Graph, Node
 from fastres.plan.candidate import REGISTRY, Candidate
 from fastres.plan.pattern import Match
@@ -133,6 +134,7 @@ class _Planner:
         self.graph, self.shapes, self.dtype, self.target, self.flags = graph, shapes, dtype, target, flags
         self.cost_model, self.backends, self.dropped = cost_model, backends, dropped
         self.users = graph.users()
+        self.excluded = env.excluded()
         self.known: dict[tuple[str, Problem], tuple[Cost | None, str]] = {}
 
     def run(self, strict: bool) -> Plan:
@@ -202,6 +204,8 @@ class _Planner:
     def _ask(self, candidate: Candidate, problem: Problem) -> tuple[Cost | None, str]:
         if not self._asked_for(candidate) and candidate.backend != "reference":
             return None, "its backend was not asked for"
+        if self.excluded & {candidate.backend, candidate.name}:
+            return None, "FASTRES_BACKENDS leaves it out"
         reason = self.dropped.get((candidate.name, problem)) or candidate.accepts(problem, self.target)
         if reason is not None:
             return None, reason

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastres import env
 from fastres.plan.candidate import REGISTRY, Candidate
 from fastres.plan.problem import Problem, Target
 from fastres.tuning import table
@@ -94,7 +95,8 @@ def wanted(
     """Per problem, the candidates to measure: those that accept it and, unless `again`, are not in the
     user's table.
 
-    `candidates` names some ("hopper.dual") or their families ("hopper"); empty: all but "reference".
+    `candidates` names some ("hopper.dual") or their families ("hopper"); empty: all but "reference". What
+    FASTRES_BACKENDS leaves out is not among them.
     """
     user = table.user_dir() if user is None else user
     known = {name: table.load(table.path(user, target.arch, name)) for name in REGISTRY.candidates}
@@ -113,6 +115,8 @@ def wanted(
 
 
 def _named(candidate: Candidate, names: Sequence[str]) -> bool:
+    if env.excluded() & {candidate.name, candidate.backend}:
+        return False
     if not names:
         return candidate.backend != "reference"
     return candidate.name in names or candidate.backend in names

@@ -40,6 +40,11 @@ def test_the_environment_restricts_automatic_choice(monkeypatch):
     monkeypatch.setenv("FASTRES_BACKENDS", "cudnn")
     function = next(f for _, f, _ in primitives.candidates("bn_act", "cpu", torch.float32) if f)
     assert function is torch_primitives.bn_act
+    for value in ("-cpu.bn_act", "-cpu", "cpu,-cpu.bn_act"):
+        monkeypatch.setenv("FASTRES_BACKENDS", value)
+        cpu, own = primitives.candidates("bn_act", "cpu", torch.float32)
+        assert cpu == ("cpu", None, "FASTRES_BACKENDS leaves it out") and own[0] == "torch"
+        assert (primitives.candidates("add_relu", "cpu", torch.float32)[0][2] is None) == ("bn_act" in value)
 
 
 def test_an_unknown_backend_is_refused_by_name():

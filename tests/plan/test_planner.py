@@ -324,6 +324,35 @@ def test_an_unknown_backend_in_the_environment_is_refused_by_name(monkeypatch):
         fastres.accelerate(_layer())(image())
 
 
+@pytest.mark.parametrize(
+    ("value", "ran"),
+    [
+        ("-cpu.max_pool", "onednn.conv_bn_act"),
+        ("-onednn.conv_bn_act", "reference.conv_bn_act"),
+        ("-onednn", "reference.conv_bn_act"),
+        ("onednn, -onednn.linear", "onednn.conv_bn_act"),
+    ],
+)
+def test_the_environment_leaves_out_a_kernel_or_a_family(monkeypatch, value, ran):
+    monkeypatch.setenv("FASTRES_BACKENDS", value)
+    fast = fastres.accelerate(_layer().float())
+    with torch.no_grad():
+        fast(image().float())
+    report = fast.report(measure=False)
+    assert report.rows[0].candidate == ran
+    assert ("FASTRES_BACKENDS leaves it out" in report.why("0")) == ran.startswith("reference")
+
+
+def test_what_the_environment_leaves_out_runs_for_nobody_and_is_known_by_name(monkeypatch):
+    model, x = _layer().float(), image().float()
+    monkeypatch.setenv("FASTRES_BACKENDS", "-onednn.conv_bn_act")
+    with torch.no_grad(), pytest.raises(NoCandidate, match="FASTRES_BACKENDS leaves it out"):
+        fastres.accelerate(model, backend="onednn")(x)
+    monkeypatch.setenv("FASTRES_BACKENDS", "-cuda.sm90_dul,-cuda.bn_act,-reference")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"leaves out cuda\.sm90_dul: no backend"):
+        fastres.accelerate(model)(x)
+
+
 # -- devices on paper --------------------------------------------------------------------------------------------------
 
 

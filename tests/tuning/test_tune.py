@@ -134,12 +134,14 @@ def test_inputs_are_contiguous_where_a_candidate_takes_them_so(registry, tmp_pat
     assert set(seen) == {("fake.planar", True), ("fake.rows", False)}
 
 
-def test_candidates_are_chosen_by_name_or_family(registry, tmp_path):
+def test_candidates_are_chosen_by_name_or_family(registry, tmp_path, monkeypatch):
     for name in ("fake.a", "fake.b"):
         registry.register(Fake(name))
     assert {r.candidate for r in run([problem()], tmp_path, candidates=["fake.b"])} == {"fake.b"}
     assert {r.candidate for r in run([problem()], tmp_path, candidates=["fake"])} == {"fake.a"}
     assert run([problem(5)], tmp_path, candidates=["other"]) == []
+    monkeypatch.setenv("FASTRES_BACKENDS", "-fake.a")
+    assert {r.candidate for r in run([problem(6)], tmp_path)} == {"fake.b"}
 
 
 def test_the_planner_chooses_by_what_was_tuned(registry, tmp_path, monkeypatch):
