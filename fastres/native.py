@@ -80,7 +80,14 @@ def available(name: str) -> str | None:
         if name not in _outcomes:
             try:
                 path = find(name)
-                torch.ops.load_library(str(path))
+                try:
+                    torch.ops.load_library(str(path))
+                except OSError as error:
+                    if path.parent != PACKAGE / "_native":
+                        raise
+                    log.warning("prebuilt %s library passed over: %s", name, error)
+                    path = build(name)
+                    torch.ops.load_library(str(path))
                 log.info("loaded %s", path)
                 _outcomes[name] = None
             except (BuildError, OSError, RuntimeError, ValueError) as error:

@@ -24,7 +24,7 @@ from typing import Any
 
 # What ending a process may take; a hung kernel goes when the driver tears its context down.
 _END_S = 15.0
-# Starting one imports PyTorch and makes a CUDA context: this much comes on top of the first answer's patience.
+# What starting one may take, which imports PyTorch; the patience for its answers counts from then on.
 _START_S = 60.0
 
 _BOOT = (
@@ -42,6 +42,10 @@ class Worker:
 
     def __init__(self, serve: Callable[..., None], *arguments: Any):
         what = pickle.dumps((os.getpid(), serve, arguments))
+        if b"__main__" in what:
+            raise ValueError(
+                f"serve: {arguments or serve} is of the main program, which is not run again there"
+            )
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -136,14 +140,16 @@ def ask(
         # Processes start when there is a piece for them.
         while True:
             while len(busy) < jobs and (piece := _draw(source, until)) is not None:
-                worker = _Asked(work, context)
-                worker.give(piece, patience_s + _START_S)
+                worker = _Asked(work, context, patience_s)
+                worker.give(piece)
                 busy[worker.connection] = worker
             if not busy:
                 return
             for connection in wait(list(busy), timeout=0.5):
                 worker = busy[connection]
                 done, answer = worker.piece, worker.answer()
+                if answer is None:
+                    continue
                 yield done, answer
                 # Drawn only now: it may depend on what was just told.
                 following = _draw(source, until) if worker.alive else None
@@ -151,11 +157,12 @@ def ask(
                     del busy[connection]
                     worker.end()
                 else:
-                    worker.give(following, patience_s)
+                    worker.give(following)
             for worker in [w for w in busy.values() if time.monotonic() > w.limit]:
                 del busy[worker.connection]
                 worker.end()
-                yield worker.piece, Answer(reason=f"it did not end within {patience_s:.0f} s")
+                what = f"end within {patience_s:.0f}" if worker.started else f"start within {_START_S:.0f}"
+                yield worker.piece, Answer(reason=f"it did not {what} s")
     finally:
         for worker in busy.values():
             worker.end()
@@ -168,26 +175,33 @@ def _draw(source: Iterator[Any], until: float) -> Any:
 class _Asked(Worker):
     """A worker with at most one piece of work."""
 
-    def __init__(self, work: Callable[..., Any], context: tuple):
+    def __init__(self, work: Callable[..., Any], context: tuple, patience_s: float):
         super().__init__(_answer, work, context)
-        self.alive = True
+        self.alive, self.started, self.patience_s = True, False, patience_s
 
-    def give(self, piece: Any, patience_s: float) -> None:
-        self.piece, self.limit = piece, time.monotonic() + patience_s
+    def give(self, piece: Any) -> None:
+        self.piece = piece
+        self.limit = time.monotonic() + (self.patience_s if self.started else _START_S)
         with contextlib.suppress(OSError):
             self.connection.send(piece)
 
-    def answer(self) -> Answer:
+    def answer(self) -> Answer | None:
+        """None where it only said that it has started."""
         try:
-            answer, self.alive = self.connection.recv()
+            message = self.connection.recv()
         except (EOFError, OSError):
             self.alive = False
-            answer = Answer(reason=f"its process died: {self.how_it_died()}")
+            return Answer(reason=f"its process died: {self.how_it_died()}")
+        if message is None:
+            self.started, self.limit = True, time.monotonic() + self.patience_s
+            return None
+        answer, self.alive = message
         return answer
 
 
 def _answer(connection: Connection, work: Callable[..., Any], context: tuple) -> None:
-    """Answers every piece with (Answer, whether this process can go on)."""
+    """Answers every piece with (Answer, whether this process can go on); None first, when it has started."""
+    connection.send(None)
     alive = True
     while alive:
         try:

@@ -225,6 +225,13 @@ def test_prebuilt_comes_first_unless_its_sources_or_cpu_differ(package, monkeypa
     assert native._prebuilt("cpu") == (None, None), "the real package has none"
 
 
+@needs_compiler
+def test_a_prebuilt_library_that_cannot_be_loaded_is_built_anew(package, caplog):
+    out = native.build("cpu", out=package / "_native")
+    out.write_bytes(b"of a machine with another C library")
+    assert native.available("cpu") is None and "prebuilt cpu library passed over" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("gpu", "arch", "runs"),
     [

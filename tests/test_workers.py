@@ -64,6 +64,13 @@ def test_any_program_may_have_them_and_they_end_with_it(tmp_path):
     assert time.monotonic() - killed < 10
 
 
+def test_what_only_the_main_program_has_is_refused(monkeypatch):
+    monkeypatch.setattr(do, "__module__", "__main__")
+    monkeypatch.setattr(sys.modules["__main__"], "do", do, raising=False)
+    with pytest.raises(ValueError, match="of the main program"):
+        next(workers.ask(["a"], do, (), jobs=1, patience_s=1))
+
+
 def test_where_no_python_can_be_started_it_says_so(monkeypatch):
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     with pytest.raises(OSError, match="no Python to start"):

@@ -328,6 +328,9 @@ def _bind(trial: Trial, target: Target, device: str) -> Callable[[], Any]:
     if not REGISTRY.candidates:  # a process of its own
         backends.load()
     candidate = REGISTRY[trial.candidate]
+    # loads the library that its kernels are in
+    if reason := candidate.accepts(trial.problem, target):
+        raise RuntimeError(reason)
     config = candidate.configs(trial.problem, target)[trial.config]
     return bind_alone(candidate, trial.problem, config, torch.device(device))
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from oracle import assert_close_to_oracle, assert_same_bits, guarded
+from oracle import assert_close_to_oracle, assert_same_bits, guarded, relative_norm
 from torch import Tensor, nn
 
 from fastres.graph.fold import LayerParameters
@@ -226,8 +226,8 @@ def check_candidate(
     runs: int = 2,
     planar: bool = False,
     distinct: int | None = None,
-) -> None:
-    """Run `candidate` on random data and hold every output to the oracle.
+) -> float:
+    """Run `candidate` on random data and hold every output to the oracle; the worst image's relative error.
 
     Outputs are NaN-poisoned and guarded, the workspace holds garbage, `runs` runs must agree bit by bit and
     leave the inputs alone, and Triton's and Gluon's their counters at zero. `integers`: whole inputs, and every element
@@ -293,11 +293,11 @@ def check_candidate(
                     f"{candidate} {problem} {role}: images from {start} on differ from equal ones at the start"
                 )
         inputs, outputs = ({name: t[:distinct] for name, t in d.items()} for d in (inputs, outputs))
-    compare(problem, nodes, inputs, outputs, integers=integers, what=str(candidate))
+    return compare(problem, nodes, inputs, outputs, integers=integers, what=str(candidate))
 
 
-def compare(problem, nodes, inputs, outputs, *, integers=False, what="out") -> None:
-    """Hold `outputs` (role → tensor) to the oracle."""
+def compare(problem, nodes, inputs, outputs, *, integers=False, what="out") -> float:
+    """Hold `outputs` (role → tensor) to the oracle; the worst image's relative error."""
     acts = {spec.act.kind for _, spec in problem.layers if isinstance(spec, ConvSpec)}
     means = any(isinstance(spec, PoolSpec) and spec.kernel is None for _, spec in problem.layers)
     if integers and acts <= set(_EXACT) and not means and "normalize" not in nodes:
@@ -308,7 +308,7 @@ def compare(problem, nodes, inputs, outputs, *, integers=False, what="out") -> N
                 f"{what} {problem} {role}: whole numbers are not exact; "
                 f"{(out.double() - exact[role]).abs().nan_to_num(torch.inf).max().item()} off"
             )
-        return
+        return 0.0
     ref = evaluate(problem, nodes, inputs, torch.float64)
     tf32 = "tf32" in problem.flags
     own = evaluate(problem, nodes, inputs, problem.dtype, tf32=tf32)
@@ -330,3 +330,4 @@ def compare(problem, nodes, inputs, outputs, *, integers=False, what="out") -> N
             check_norm=problem.dtype != torch.float32,
             what=f"{what} {problem} {role}",
         )
+    return max((relative_norm(out, ref[role]) for role, out in outputs.items()), default=0.0)
