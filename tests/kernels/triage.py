@@ -48,11 +48,13 @@ COLUMNS = ("kernel", "verdict", "error", "ms", "floor_ms", "own_ms", "problem", 
 
 @dataclass(frozen=True)
 class Piece:
-    """One kernel at one problem; `planar`: inputs come contiguous. A primitive of training has no problem."""
+    """One kernel at one problem; `planar`: inputs come contiguous. A primitive of training has no problem; PyTorch's
+    arithmetic is tried on what another, `like`, is tried on."""
 
     kernel: str
     problem: Problem | None = None
     planar: bool = False
+    like: str | None = None
 
     def __str__(self) -> str:
         if self.problem is None:
@@ -144,7 +146,7 @@ def timed(piece: Piece, target: Target, device: str, modules: tuple[str, ...]) -
     begin(modules)
     if piece.problem is None:
         require(piece, target)
-        return primitive_cases.timed(piece.kernel, device)
+        return primitive_cases.timed(piece.kernel, device, piece.like)
     candidate, config = require(piece, target)
     number = list(candidate.configs(piece.problem, target)).index(config)
     return time_trial(Trial(piece.kernel, piece.problem, number), target, device, 0.03)
@@ -244,7 +246,7 @@ class Triage:
 
     def _own_of(self, piece: Piece) -> list[Piece]:
         if piece.problem is None:
-            return [Piece(f"torch.{piece.kernel.partition('.')[2]}")]
+            return [Piece(f"torch.{piece.kernel.partition('.')[2]}", like=piece.kernel)]
         return own_calls(piece.problem, self.target)
 
     def own_ms(self, piece: Piece) -> float | None:
