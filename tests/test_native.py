@@ -225,11 +225,19 @@ def test_prebuilt_comes_first_unless_its_sources_or_cpu_differ(package, monkeypa
     assert native._prebuilt("cpu") == (None, None), "the real package has none"
 
 
-@needs_compiler
-def test_a_prebuilt_library_that_cannot_be_loaded_is_built_anew(package, caplog):
-    out = native.build("cpu", out=package / "_native")
-    out.write_bytes(b"of a machine with another C library")
-    assert native.available("cpu") is None and "prebuilt cpu library passed over" in caplog.text
+def test_a_prebuilt_library_that_cannot_be_loaded_is_built_anew(package, monkeypatch, caplog):
+    prebuilt, built, loaded = package / "_native" / "fastres_cpu.so", package / "built.so", []
+
+    def load(path):
+        if path == str(prebuilt):
+            raise OSError("GLIBC_9.9 not found")
+        loaded.append(path)
+
+    monkeypatch.setattr(native.torch.ops, "load_library", load)
+    monkeypatch.setattr(native, "_prebuilt", lambda name: (prebuilt, None))
+    monkeypatch.setattr(native, "build", lambda name: built)
+    assert native.available("cpu") is None and loaded == [str(built)]
+    assert "prebuilt cpu library passed over: GLIBC_9.9 not found" in caplog.text
 
 
 @pytest.mark.parametrize(
