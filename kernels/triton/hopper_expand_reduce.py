@@ -3,6 +3,9 @@
     out = act(scale_e * h w_e^T + shift_e + z)        h [M, C], z and out [M, K]
     y = act(scale_r * out w_r^T + shift_r)            y [M, CY]
 
+or, PROJECT, with the block's projection shortcut of stride 1 instead of z: v w_p^T, v [M, CV]; the weights then carry
+the expand's scales.
+
 Everything is pointwise, so pixels are rows. A tile is 128 rows: two consumer groups of 4 warps take 64
 each and share every weight stage (w_e [64, C] and w_r [CY, 64] of a 64-channel chunk of out), which stream
 through the L2: they do not fit into shared memory. A chunk of out goes from accumulator to A operand
@@ -28,10 +31,15 @@ SLOTS = gl.constexpr(2)
 
 @gluon.jit
 def load_weights(
-    h_desc, we_desc, wr_desc, h_buf, we_buf, wr_buf, h_full, h_empty, w_full, w_empty, ticket, posted,
-    taken, tiles, CHUNKS: gl.constexpr, SW: gl.constexpr, SH: gl.constexpr,
+    h_desc, v_desc, we_desc, wp_desc, wr_desc, h_buf, v_buf, we_buf, wp_buf, wr_buf, h_full, h_empty, w_full,
+    w_empty, ticket, posted, taken, tiles, PROJECT: gl.constexpr, CHUNKS: gl.constexpr, SW: gl.constexpr,
+    SH: gl.constexpr,
 ):  # fmt: skip
-    """The producer of h and of the weights: SH slots of h a group, SW stages of weights."""
+    """The producer of h, v and the weights: SH slots of h and v a group, SW stages of weights."""
+    INPUT: gl.constexpr = h_desc.block_type.nbytes + (v_desc.block_type.nbytes if PROJECT else 0)
+    WEIGHTS: gl.constexpr = (
+        we_desc.block_type.nbytes + wr_desc.block_type.nbytes + (wp_desc.block_type.nbytes if PROJECT else 0)
+    )
     step = 0
     k = 0
     tile = claim(ticket, posted, taken, k, 1, SLOTS)
@@ -39,16 +47,19 @@ def load_weights(
         for g in gl.static_range(2):
             slot = g * SH + k % SH
             mbarrier.wait(h_empty.index(slot), ((k // SH) & 1) ^ 1)
-            mbarrier.expect(h_full.index(slot), h_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(
-                h_desc, [tile * 128 + g * 64, 0], h_full.index(slot), h_buf.index(slot)
-            )
+            bar = h_full.index(slot)
+            mbarrier.expect(bar, INPUT)
+            tma.async_copy_global_to_shared(h_desc, [tile * 128 + g * 64, 0], bar, h_buf.index(slot))
+            if PROJECT:
+                tma.async_copy_global_to_shared(v_desc, [tile * 128 + g * 64, 0], bar, v_buf.index(slot))
         for c in range(CHUNKS):
             stage = step % SW
             bar = w_full.index(stage)
             mbarrier.wait(w_empty.index(stage), ((step // SW) & 1) ^ 1)
-            mbarrier.expect(bar, we_desc.block_type.nbytes + wr_desc.block_type.nbytes)
+            mbarrier.expect(bar, WEIGHTS)
             tma.async_copy_global_to_shared(we_desc, [c * 64, 0], bar, we_buf.index(stage))
+            if PROJECT:
+                tma.async_copy_global_to_shared(wp_desc, [c * 64, 0], bar, wp_buf.index(stage))
             tma.async_copy_global_to_shared(wr_desc, [0, c * 64], bar, wr_buf.index(stage))
             step += 1
         k += 1
@@ -57,9 +68,10 @@ def load_weights(
 
 @gluon.jit
 def load_residual(
-    z_desc, z_buf, z_full, z_empty, ticket, posted, taken, tiles, CHUNKS: gl.constexpr, SZ: gl.constexpr
-):
-    """The producer of the residual: SZ slots a group."""
+    z_desc, z_buf, z_full, z_empty, ticket, posted, taken, tiles, PROJECT: gl.constexpr, CHUNKS: gl.constexpr,
+    SZ: gl.constexpr,
+):  # fmt: skip
+    """The producer of the residual, SZ slots a group, or of empty slots for what is computed without one."""
     step = 0
     k = 0
     tile = claim(ticket, posted, taken, k, 1, SLOTS)
@@ -68,10 +80,13 @@ def load_residual(
             for g in gl.static_range(2):
                 slot = g * SZ + step % SZ
                 mbarrier.wait(z_empty.index(slot), ((step // SZ) & 1) ^ 1)
-                mbarrier.expect(z_full.index(slot), z_desc.block_type.nbytes)
-                tma.async_copy_global_to_shared(
-                    z_desc, [tile * 128 + g * 64, c * 64], z_full.index(slot), z_buf.index(slot)
-                )
+                if PROJECT:
+                    mbarrier.arrive(z_full.index(slot), count=1)
+                else:
+                    mbarrier.expect(z_full.index(slot), z_desc.block_type.nbytes)
+                    tma.async_copy_global_to_shared(
+                        z_desc, [tile * 128 + g * 64, c * 64], z_full.index(slot), z_buf.index(slot)
+                    )
             step += 1
         k += 1
         tile = claim(ticket, posted, taken, k, 1, SLOTS)
@@ -109,10 +124,11 @@ def store_results(
 
 @gluon.jit
 def consumer(
-    GROUP: gl.constexpr, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, z_buf, y_buf, we_buf,
-    wr_buf, h_full, h_empty, w_full, w_empty, z_full, out_full, y_full, y_empty, ticket, posted, taken,
-    tiles, CY: gl.constexpr, OWN: gl.constexpr, SY: gl.constexpr, CHUNKS: gl.constexpr, SW: gl.constexpr,
-    SZ: gl.constexpr, SH: gl.constexpr, ACT_E: gl.constexpr, ACT_R: gl.constexpr,
+    GROUP: gl.constexpr, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, v_buf, z_buf, y_buf,
+    we_buf, wp_buf, wr_buf, h_full, h_empty, w_full, w_empty, z_full, out_full, y_full, y_empty, ticket, posted,
+    taken, tiles, CY: gl.constexpr, PROJECT: gl.constexpr, OWN: gl.constexpr, SY: gl.constexpr,
+    CHUNKS: gl.constexpr, SW: gl.constexpr, SZ: gl.constexpr, SH: gl.constexpr, ACT_E: gl.constexpr,
+    ACT_R: gl.constexpr,
 ):  # fmt: skip
     # At 256 channels the scales' registers would spill: the weights carry them there.
     SCALED: gl.constexpr = CY < 256
@@ -135,14 +151,21 @@ def consumer(
             mbarrier.wait(w_full.index(stage), (step // SW) & 1)
             w = we_buf.index(stage).permute((1, 0))
             e = warpgroup_mma(h, w, gl.zeros((64, 64), gl.float32, E), use_acc=False, is_async=True)
+            if PROJECT:
+                wp = wp_buf.index(stage).permute((1, 0))
+                e = warpgroup_mma(v_buf.index(slot_h), wp, e, use_acc=True, is_async=True)
             offset = gl.expand_dims(gl.load(shift_e + c * 64 + o_e), 0)
             slot = GROUP * SZ + step % SZ
             mbarrier.wait(z_full.index(slot), (step // SZ) & 1)
-            z = z_buf.index(slot).load(E)
+            if not PROJECT:
+                z = z_buf.index(slot).load(E)
             e = warpgroup_mma_wait(0, deps=(e,))
-            if SCALED:
+            if SCALED and not PROJECT:
                 e = e * gl.expand_dims(gl.load(scale_e + c * 64 + o_e), 0)
-            o = activate(e + offset + z.to(gl.float32), ACT_E, slope_e).to(dtype)
+            e = e + offset
+            if not PROJECT:
+                e = e + z.to(gl.float32)
+            o = activate(e, ACT_E, slope_e).to(dtype)
             z_buf.index(slot).store(o)
             a = gl.convert_layout(o, A)
             y = warpgroup_mma(a, wr_buf.index(stage).permute((1, 0)), y, use_acc=c > 0, is_async=True)
@@ -169,21 +192,30 @@ def consumer(
 
 @gluon.jit(do_not_specialize=["tiles"])
 def expand_reduce_kernel(
-    counter, h_desc, z_desc, out_desc, y_desc, we_desc, wr_desc, scale_e, shift_e, slope_e, scale_r,
-    shift_r, slope_r, tiles, C: gl.constexpr, CY: gl.constexpr, K: gl.constexpr, SW: gl.constexpr,
-    SZ: gl.constexpr, SH: gl.constexpr, ACT_E: gl.constexpr, ACT_R: gl.constexpr, DYNAMIC: gl.constexpr,
-    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    counter, h_desc, v_desc, z_desc, out_desc, y_desc, we_desc, wp_desc, wr_desc, scale_e, shift_e, slope_e,
+    scale_r, shift_r, slope_r, tiles, C: gl.constexpr, CV: gl.constexpr, CY: gl.constexpr, K: gl.constexpr,
+    SW: gl.constexpr, SZ: gl.constexpr, SH: gl.constexpr, ACT_E: gl.constexpr, ACT_R: gl.constexpr,
+    DYNAMIC: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
-    """counter: int32 [1], zero. w_e [K, C], w_r [CY, K]; K a multiple of 64, C and CY among 64, 128, 256;
-    tiles = ceil(M / 128). At CY = 256 w_e and w_r carry their scales.
-    Boxes: h [64, C]; y [64, CY]; z, out [64, 64]; w_e [64, C]; w_r [CY, 64]. SZ at least 2."""
+    """counter: int32 [1], zero. w_e [K, C], w_p [K, CV], w_r [CY, K]; K a multiple of 64, C and CY among 64, 128, 256;
+    CV 0 (no projection: v and w_p are not read) or such a number (z is not read); tiles = ceil(M / 128). At CY = 256
+    w_e and w_r carry their scales.
+    Boxes: h [64, C]; v [64, CV]; y [64, CY]; z, out [64, 64]; w_e [64, C]; w_p [64, CV]; w_r [CY, 64]. SZ at least
+    2."""
     dtype: gl.constexpr = h_desc.dtype
+    PROJECT: gl.constexpr = CV > 0
     CHUNKS: gl.constexpr = K // 64
     OWN: gl.constexpr = CY != C
     SY: gl.constexpr = 1 if OWN else SH
     h_buf = gl.allocate_shared_memory(dtype, [2 * SH, 64, C], h_desc.layout)
     we_buf = gl.allocate_shared_memory(dtype, [SW, 64, C], we_desc.layout)
     wr_buf = gl.allocate_shared_memory(dtype, [SW, CY, 64], wr_desc.layout)
+    if PROJECT:
+        v_buf = gl.allocate_shared_memory(dtype, [2 * SH, 64, CV], v_desc.layout)
+        wp_buf = gl.allocate_shared_memory(dtype, [SW, 64, CV], wp_desc.layout)
+    else:
+        v_buf = h_buf
+        wp_buf = we_buf
     z_buf = gl.allocate_shared_memory(dtype, [2 * SZ, 64, 64], z_desc.layout)
     h_full = gl.allocate_shared_memory(gl.int64, [2 * SH, 1], mbarrier.MBarrierLayout())
     h_empty = gl.allocate_shared_memory(gl.int64, [2 * SH, 1], mbarrier.MBarrierLayout())
@@ -222,15 +254,15 @@ def expand_reduce_kernel(
     fence_async_shared()
     # fmt: off
     gl.warp_specialize([
-        (consumer, (0, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, z_buf, y_buf, we_buf,
-            wr_buf, h_full, h_empty, w_full, w_empty, z_full, out_full, y_full, y_empty, ticket, posted,
-            taken, tiles, CY, OWN, SY, CHUNKS, SW, SZ, SH, ACT_E, ACT_R)),
-        (consumer, (1, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, z_buf, y_buf, we_buf,
-            wr_buf, h_full, h_empty, w_full, w_empty, z_full, out_full, y_full, y_empty, ticket, posted,
-            taken, tiles, CY, OWN, SY, CHUNKS, SW, SZ, SH, ACT_E, ACT_R)),
-        (load_weights, (h_desc, we_desc, wr_desc, h_buf, we_buf, wr_buf, h_full, h_empty, w_full, w_empty,
-            ticket, posted, taken, tiles, CHUNKS, SW, SH)),
-        (load_residual, (z_desc, z_buf, z_full, z_empty, ticket, posted, taken, tiles, CHUNKS, SZ)),
+        (consumer, (0, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, v_buf, z_buf, y_buf,
+            we_buf, wp_buf, wr_buf, h_full, h_empty, w_full, w_empty, z_full, out_full, y_full, y_empty, ticket,
+            posted, taken, tiles, CY, PROJECT, OWN, SY, CHUNKS, SW, SZ, SH, ACT_E, ACT_R)),
+        (consumer, (1, scale_e, shift_e, slope_e, scale_r, shift_r, slope_r, h_buf, v_buf, z_buf, y_buf,
+            we_buf, wp_buf, wr_buf, h_full, h_empty, w_full, w_empty, z_full, out_full, y_full, y_empty, ticket,
+            posted, taken, tiles, CY, PROJECT, OWN, SY, CHUNKS, SW, SZ, SH, ACT_E, ACT_R)),
+        (load_weights, (h_desc, v_desc, we_desc, wp_desc, wr_desc, h_buf, v_buf, we_buf, wp_buf, wr_buf, h_full,
+            h_empty, w_full, w_empty, ticket, posted, taken, tiles, PROJECT, CHUNKS, SW, SH)),
+        (load_residual, (z_desc, z_buf, z_full, z_empty, ticket, posted, taken, tiles, PROJECT, CHUNKS, SZ)),
         (store_results, (out_desc, y_desc, z_buf, y_buf, out_full, z_empty, y_full, y_empty, ticket, posted,
             taken, tiles, CHUNKS, SZ, SY)),
         (schedule, (counter, ticket, posted, taken, tiles, 1, 1, DYNAMIC, SLOTS)),

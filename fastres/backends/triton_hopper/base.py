@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -180,6 +180,17 @@ def prepare_layers(
         for role, spec in problem.layers
         if isinstance(spec, ConvSpec)
     }
+
+
+def fold_shortcut(
+    layers: dict[str, Layer], parameters: Mapping[str, LayerParameters], dtype: torch.dtype
+) -> dict[str, Layer]:
+    """`layers` for kernels in which one accumulator takes the expand and the projection, if there is one: their
+    scales go into the weights, the shifts into one."""
+    if "shortcut" not in layers:
+        return layers
+    shortcut, expand = (prepare_folded(parameters[role], dtype, 64) for role in ("shortcut", "expand"))
+    return {**layers, "shortcut": shortcut, "expand": replace(expand, shift=expand.shift + shortcut.shift)}
 
 
 def layer_arguments(spec: ConvSpec, layer: Layer, suffix: str) -> dict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fastres.backends.triton_hopper.base import (
     BARRIERS,
@@ -12,10 +12,10 @@ from fastres.backends.triton_hopper.base import (
     HopperCandidate,
     Layer,
     descriptor,
+    fold_shortcut,
     layer_arguments,
     memory,
     multiprocessors,
-    prepare_folded,
     prepare_layers,
     steps_ms,
     unfit_layer,
@@ -132,15 +132,7 @@ class HopperShiftedBlock(HopperCandidate):
     def prepare(
         self, problem: Problem, config: ShiftedConfig, parameters: Mapping[str, LayerParameters]
     ) -> dict[str, Layer]:
-        layers = prepare_layers(problem, parameters)
-        if "shortcut" in layers:
-            # One accumulator takes both inputs: their scales go into the weights.
-            shortcut, expand = (
-                prepare_folded(parameters[role], problem.dtype, 64) for role in ("shortcut", "expand")
-            )
-            layers["shortcut"] = shortcut
-            layers["expand"] = replace(expand, shift=expand.shift + shortcut.shift)
-        return layers
+        return fold_shortcut(prepare_layers(problem, parameters), parameters, problem.dtype)
 
     def call(
         self, problem: Problem, config: ShiftedConfig, buffers: Buffers, constants: dict[str, Layer]

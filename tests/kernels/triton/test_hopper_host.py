@@ -161,10 +161,14 @@ def test_dual_passes_on_an_activation_of_its_own(machine):
     check(machine, "hopper.dual", dual(1, 64, 64, 8, 8, 64, 1, IDENTITY))
 
 
-def expand_reduce(n, c, h, w, k, act=RELU, reduced=None):
-    expand = ConvSpec(n, c, h, w, k, (1, 1), act=act, residual=True)
-    reduce = ConvSpec(n, k, h, w, reduced or c, (1, 1), act=act)
-    return problem_of(EXPAND_REDUCE, BF16, expand=expand, reduce=reduce)
+def expand_reduce(n, c, h, w, k, act=RELU, reduced=None, projected=0, stride=1):
+    layers = dict(
+        expand=ConvSpec(n, c, h, w, k, (1, 1), act=act, residual=True),
+        reduce=ConvSpec(n, k, h, w, reduced or c, (1, 1), act=act),
+    )
+    if projected:
+        layers["shortcut"] = ConvSpec(n, projected, stride * h, stride * w, k, (1, 1), (stride, stride))
+    return problem_of(EXPAND_REDUCE, BF16, **layers)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -174,6 +178,46 @@ def test_expand_reduce_is_exact_on_whole_numbers(machine, c, reduced, seed):
     problem = expand_reduce(5, c, 11, 13, 4 * c, reduced=reduced)
     for config in REGISTRY["hopper.expand_reduce"].configs(problem, H100):
         check(machine, "hopper.expand_reduce", problem, config)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("c", [64, 128])
+def test_expand_reduce_with_the_projection_inside(machine, c, seed):
+    machine.seed = 100 * seed
+    problem = expand_reduce(3, c, 11, 13, 256, projected=64)
+    for config in REGISTRY["hopper.expand_reduce"].configs(problem, H100):
+        check(machine, "hopper.expand_reduce", problem, config)
+    check(machine, "hopper.expand_reduce", problem, integers=False)
+
+
+def test_expand_reduce_says_why_not():
+    """All that it leaves to separate kernels in the bottleneck networks."""
+    candidate, reasons = REGISTRY["hopper.expand_reduce"], {}
+    networks = ("resnet50", "resnet101", "resnet152", "resnext50_32x4d", "wide_resnet50_2")
+    for problem in network_problems(EXPAND_REDUCE, networks):
+        reason = candidate.accepts(problem, H100)
+        if reason is None:
+            assert candidate.configs(problem, H100)
+        else:
+            expand, shortcut = problem["expand"], problem.get("shortcut")
+            stride = 0 if shortcut is None else shortcut.stride[0]
+            reasons[expand.c, expand.k, stride, problem["reduce"].k] = reason
+    file, room = "are the whole register file", "no room for two stages of weights"
+    assert {key: next(part for part in (file, room) if part in reasons[key]) for key in reasons} == {
+        (128, 512, 2, 128): room,
+        (256, 1024, 2, 256): room,
+        (256, 1024, 0, 512): file,
+        (512, 2048, 2, 512): file,
+        (512, 2048, 0, 512): file,
+        # ResNeXt and Wide ResNet
+        (256, 512, 2, 256): room,
+        (256, 512, 0, 512): file,
+        (512, 1024, 2, 512): file,
+        (512, 1024, 0, 512): file,
+        (512, 1024, 0, 1024): file,
+        (1024, 2048, 2, 1024): file,
+        (1024, 2048, 0, 1024): file,
+    }
 
 
 def test_expand_reduce_takes_two_activations(machine):
