@@ -65,6 +65,39 @@ def compile_for(capability: int, kernel: Any, args: Mapping[str, Any], **options
     )
 
 
+_BARRIER = re.compile(r"^\s*bar(?:rier)?\.(?:warp\.)?sync\b")
+_TOUCH = re.compile(
+    r"\b([ls][dt]\.shared|[ls][dt]matrix|wgmma\.wait_group|cp\.async\.bulk\.wait_group|fence\.proxy)"
+)
+_STORE = re.compile(r"\bcp\.async\.bulk\.tensor\.\dd\.global\.shared")
+
+
+def unordered(ptx: str) -> list[str]:
+    """Where one thread speaks for a partition before the others' work is known to be done.
+
+    The source says `store; fence; arrive` of all threads, but one thread arrives, or issues the TMA store: between
+    that and every thread's accesses to shared memory, waits and fences the compiler must put a barrier. So it must
+    between the wait for a TMA store and a write into its buffer.
+    """
+    touched, stored, found = "", False, []
+    for line in ptx.splitlines():
+        if _BARRIER.match(line):
+            touched = ""
+            continue
+        arrives = "mbarrier.arrive" in line and "expect_tx" not in line
+        if (arrives or _STORE.search(line)) and (touched or (stored and not arrives)):
+            found.append(f"{line.strip()} after {touched or 'an unfenced store'}")
+        touch = _TOUCH.search(line)
+        if touch is None:
+            continue
+        writes = touch[1] in ("st.shared", "stmatrix")
+        if writes and touched.startswith("cp.async.bulk.wait_group"):
+            found.append(f"{line.strip()} after {touched}")
+        stored = writes or (stored and touch[1] != "fence.proxy")
+        touched = line.strip()
+    return found
+
+
 def _resources(cubin: bytes) -> tuple[int, int]:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

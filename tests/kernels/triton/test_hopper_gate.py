@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import triton
-from compile_only import SHARED_LIMIT, compile_for, on_triton36, specialization
+from compile_only import SHARED_LIMIT, compile_for, on_triton36, specialization, unordered
 from problems import H100, NETWORKS, make_nodes, network_problems
 
 from fastres.backends import triton_hopper  # noqa: F401
@@ -53,6 +53,7 @@ def check(problem, config, call, spills=False):
     what = f"{compiled.name} {problem} [{config}] on Triton {triton.__version__}"
     assert "wgmma.mma_async" in compiled.ptx, f"{what}: no wgmma"
     assert spills or compiled.stack == 0, f"{what}: {compiled.stack} bytes of spilled registers a thread"
+    assert not (found := unordered(compiled.ptx)), f"{what}: {found[0]}"
     blocks = getattr(config, "per_sm", 1)
     assert compiled.shared <= SHARED_LIMIT[90], f"{what}: {compiled.shared} bytes of shared memory"
     assert blocks * (compiled.shared + 1024) <= MULTIPROCESSOR, f"{what}: {blocks} blocks do not fit"
@@ -106,6 +107,23 @@ def test_heuristic_configurations_of_all_networks(candidate, dtype, n):
 def test_every_configuration_that_tuning_tries_on_resnet50(candidate):
     for problem, config, call in launches(candidate, ("resnet50",), every=True):
         check(problem, config, call, spills=True)
+
+
+def test_a_missing_barrier_is_seen():
+    """Without one of the barriers that the compiler put in, one thread would speak too early."""
+    candidate = REGISTRY["hopper.expand_reduce"]
+    _, _, call = launches(candidate, ("resnet50",))[0]
+    lines = compile_for(90, call.kernel, call.arguments, **call.options).ptx.splitlines()
+    words = ("fence.proxy", "bar.sync", "bar.warp.sync", "mbarrier.arrive.shared", "matrix.sync", ".shared.b")
+    code = [i for i, line in enumerate(lines) if any(word in line for word in words)]
+    needed = [
+        at
+        for before, at, after in zip(code, code[1:], code[2:], strict=False)
+        if "fence.proxy" in lines[before] and "sync" in lines[at] and "mbarrier.arrive" in lines[after]
+    ]
+    assert len(needed) >= 4 and not unordered("\n".join(lines))
+    for at in needed:
+        assert unordered("\n".join(lines[:at] + lines[at + 1 :])), lines[at]
 
 
 @pytest.mark.parametrize("half", [0, 1])
