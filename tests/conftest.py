@@ -12,7 +12,7 @@ from _pytest.faulthandler import fault_handler_stderr_fd_key as _STDERR
 
 from fastres.workers import gpu_answers
 
-# Seconds that a test on a GPU may take before its process is ended.
+# Seconds that a test on a GPU may take before its process is ended, unless its marker names others.
 GPU_TEST_S = 150.0
 
 
@@ -60,7 +60,8 @@ def pytest_runtest_call(item: pytest.Item):
     after which CUDA answers nothing any more: the tests after it would all fail for it."""
     if "gpu" not in item.keywords or not torch.cuda.is_available():
         return (yield)
-    faulthandler.dump_traceback_later(GPU_TEST_S, exit=True, file=item.config.stash.get(_STDERR, 2))
+    seconds = item.get_closest_marker("gpu").kwargs.get("seconds", GPU_TEST_S)
+    faulthandler.dump_traceback_later(seconds, exit=True, file=item.config.stash.get(_STDERR, 2))
     try:
         return (yield)
     except Exception:
