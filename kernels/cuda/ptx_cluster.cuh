@@ -7,10 +7,18 @@
 #ifndef FASTRES_EMULATOR
 namespace fastres::ptx {
 
-// barrier, address: of address_in. What this thread did before is visible to who waits with barrier_wait_cluster.
+// barrier, address: of address_in. An arrival says that this thread (and its wgmma) has done reading; that it has written
+// to another block takes fence_cluster before. A release at cluster scope here would do so always: ptxas makes it a
+// MEMBAR.ALL.GPU, a round trip to the L2 in every step of the depth. CUTLASS's consumers arrive in the same way.
 FASTRES_DEVICE void barrier_arrive_cluster(uint32_t barrier) {
 #ifdef FASTRES_SM90
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+#endif
+}
+// What this thread wrote before is visible to who waits, with barrier_wait_cluster, for an arrival after.
+FASTRES_DEVICE void fence_cluster() {
+#ifdef FASTRES_SM90
+  asm volatile("fence.acq_rel.cluster;" ::: "memory");
 #endif
 }
 FASTRES_DEVICE void store_cluster(uint32_t address, int v) {
@@ -18,7 +26,7 @@ FASTRES_DEVICE void store_cluster(uint32_t address, int v) {
   asm volatile("st.shared::cluster.s32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
 #endif
 }
-// As barrier_wait, on a barrier of this block at which other blocks arrive.
+// As barrier_wait, where other blocks have written to this one's memory (it empties the L1: not for every step).
 FASTRES_DEVICE void barrier_wait_cluster(uint32_t barrier, uint32_t parity) {
 #ifdef FASTRES_SM90
   uint32_t done = 0;

@@ -63,11 +63,12 @@ FASTRES_DEVICE void write_tickets(const Sm90Conv& p, uint32_t tickets, const Con
   int tile = static_cast<int>(blockIdx.x) / p.cluster;
   Ring ring;
   for (;;) {
-    ptx::barrier_wait_cluster(b.ticket_empty(ring.slot), ring.parity ^ 1);
-    for (int rank = 0; rank < p.cluster; ++rank) {
+    ptx::barrier_wait(b.ticket_empty(ring.slot), ring.parity ^ 1);
+    for (int rank = 0; rank < p.cluster; ++rank)
       ptx::store_cluster(ptx::address_in(tickets + 4 * ring.slot, rank), tile);
+    ptx::fence_cluster();
+    for (int rank = 0; rank < p.cluster; ++rank)
       ptx::barrier_arrive_cluster(ptx::address_in(b.ticket_full(ring.slot), rank));
-    }
     if (tile >= p.tiles) return;
     ring.next(p.ticks);
     tile = p.clusters + ptx::add_relaxed(p.counter, 1);
@@ -119,7 +120,7 @@ FASTRES_DEVICE void load_operands(const Sm90Conv& p, uint32_t base, uint32_t sta
       if (ahead > 0) {
         --ahead;
       } else {
-        ptx::barrier_wait_cluster(b.empty(ring.slot), ring.parity ^ 1);
+        ptx::barrier_wait(b.empty(ring.slot), ring.parity ^ 1);
         load_filters<kFilters, kPixels>(p, stage, full, at, of.first_filter, rank);
       }
       const uint32_t to = stage + kTile.filters_bytes();

@@ -21,6 +21,7 @@ from fastres import native
 ROOT = Path(__file__).resolve().parents[3]
 KERNELS = ROOT / "kernels" / "cuda"
 EMULATOR = Path(__file__).parent / "emulator"
+PROBES = Path(__file__).with_name("probes.cu")
 _FLAGS = (
     "-O2 -mavx2 -mfma -mf16c -std=c++20 -fPIC -w -fno-strict-aliasing "
     "-DFASTRES_EMULATOR -DTORCH_TARGET_VERSION=0x020a000000000000"
@@ -36,9 +37,10 @@ def cuda_include() -> Path | None:
 
 
 def _sources() -> list[Path]:
-    return [
+    found = [
         p for p in (*sorted(KERNELS.iterdir()), *sorted(EMULATOR.iterdir())) if p.suffix in (".cu", ".cpp")
     ]
+    return [*found, PROBES]
 
 
 def _everything() -> list[Path]:

@@ -4,9 +4,12 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
+from pathlib import Path
 
+import probing
 import pytest
 import torch
 
@@ -56,6 +59,24 @@ def test_no_kernel_spills(built):
 def test_no_product_waits_for_the_one_before(built):
     """ptxas says so where it has to serialise wgmma."""
     assert "serialized" not in built[3]
+
+
+def test_no_step_of_a_product_waits_for_memory(built):
+    """A release at cluster scope is a MEMBAR.ALL.GPU, a round trip to the L2. Kernels with products have three at most:
+    a cluster's first and last barrier and, for both blocks, a new ticket."""
+    beside = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin"
+    tool = shutil.which("cuobjdump", path=f"{Path(toolchain.find_nvcc()).parent}{os.pathsep}{beside}")
+    if tool is None:
+        pytest.skip("no cuobjdump")
+    command = [tool, "-sass", "-arch", "sm_90a", str(built[0])]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    kernels = [text for text in re.split(r"Function : ", sass)[1:] if "HGMMA" in text]
+    assert len(kernels) >= 34
+    assert not [text.split(maxsplit=1)[0] for text in kernels if text.count("MEMBAR.ALL.GPU") > 3]
+
+
+def test_the_probes_compile(built):
+    assert probing.build().exists()
 
 
 def test_hopper_convolution_has_every_tile_and_its_registers_fit_the_roles(built):

@@ -139,6 +139,7 @@ inline void fence_async_shared() {}
 
 inline uint32_t cluster_rank() { return static_cast<uint32_t>(self->block->rank); }
 inline void sync_cluster() {
+  self->stored_remotely = false;
   emulator::meet(*self->block->whole_cluster, 0, "sync_cluster", nullptr, [](auto&) {});
 }
 inline void arrive_cluster_relaxed() {
@@ -198,12 +199,18 @@ inline void barrier_arrive_expect(uint32_t barrier, int bytes) {
 inline void barrier_arrive_cluster(uint32_t barrier) {
   emulator::shared_pointer(barrier, 8);
   Block* block = barrier >> 24 ? self->block->peers.at((barrier >> 24) - 1) : self->block;
+  // The arrival may come before what it should tell of.
+  if (self->stored_remotely) fail("arrival at a block after a store there, without fence_cluster");
   Barrier& b = barrier_at(block, barrier & 0xffffff);
   if (b.pending <= 0) fail("more arrivals than the mbarrier counts");
   --b.pending;
   b.settle();
 }
-inline void store_cluster(uint32_t address, int v) { std::memcpy(emulator::shared_pointer(address, 4), &v, 4); }
+inline void fence_cluster() { self->stored_remotely = false; }
+inline void store_cluster(uint32_t address, int v) {
+  self->stored_remotely = true;
+  std::memcpy(emulator::shared_pointer(address, 4), &v, 4);
+}
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   Barrier& b = barrier_at(self->block, barrier);
   static thread_local char places[4096][24];

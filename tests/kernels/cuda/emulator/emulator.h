@@ -41,6 +41,7 @@ struct Thread {
   Block* block = nullptr;
   bool done = false;
   unsigned cluster_phase = 0;  // that it arrived in
+  bool stored_remotely = false;  // into another block, with no fence since
   bool (*ready)(void*) = nullptr;
   void* argument = nullptr;
   const char* where = "";
