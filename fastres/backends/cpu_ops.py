@@ -29,6 +29,9 @@ Tensor(a!) grad_x, Tensor(b!)? grad_residual) -> ()
 max_pool2d(Tensor x, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, Tensor(a!) out) -> ()
 global_avg_pool(Tensor x, Tensor(a!) out) -> ()
 to_nhwc(Tensor x, Tensor(a!) out) -> ()
+winograd_pack(Tensor weight, Tensor(a!) packed) -> ()
+winograd_conv_bn_act(Tensor x, Tensor packed, Tensor shift, Tensor? residual, int act, float act_param, \
+int[2] padding, Tensor(a!) out) -> ()
 """
 
 _library = torch.library.Library("fastres_cpu", "DEF")
@@ -167,3 +170,29 @@ def global_avg_pool(x: Tensor, out: Tensor) -> None:
 def to_nhwc(x: Tensor, out: Tensor) -> None:
     """Copy contiguous float32 `x` into channels_last `out`, float32, bfloat16 or float16."""
     _call(_ops.to_nhwc.default, x, out)
+
+
+def winograd_pack(weight: Tensor, packed: Tensor) -> None:
+    """Transform 3x3 weights for `winograd_conv_bn_act`: float64 `weight` [K, C, 3, 3], contiguous, becomes float32
+    `packed` [16 * C * (K rounded up to a multiple of 16)], in an order of this machine's own."""
+    _call(_ops.winograd_pack.default, weight, packed)
+
+
+def winograd_conv_bn_act(
+    x: Tensor,
+    packed: Tensor,
+    shift: Tensor,
+    residual: Tensor | None,
+    act: int,
+    act_param: float,
+    padding: tuple[int, int],
+    out: Tensor,
+) -> None:
+    """out = act(conv2d(x, weight, padding=padding) + shift[k] + residual): 3x3, stride 1, float32, channels_last.
+
+    Winograd's F(2x2, 3x3): 2.25 times fewer multiplications. x [N, C, H, W], `packed` from `winograd_pack`, shift
+    [K], residual and out [N, K, P, Q]; `out` may be `residual`. Whole numbers stay exact as long as 16 times their
+    sums fit in 24 bits. A NaN in x reaches the outputs that it reaches in direct convolution; where that has an
+    infinity, here may be a NaN.
+    """
+    _call(_ops.winograd_conv_bn_act.default, x, packed, shift, residual, act, act_param, padding, out)
