@@ -25,7 +25,8 @@ def tune(
     again: Annotated[bool, typer.Option(help="measure also what the tables have already")] = False,
     thorough: Annotated[bool, typer.Option(help="every configuration, of slow kernels too")] = False,
     minutes: Annotated[
-        float | None, typer.Option(min=0, help="begin nothing new after so long; first choices come first")
+        float | None,
+        typer.Option(min=0, help="begin nothing new after so long; what matters most comes first"),
     ] = None,
     jobs: Annotated[
         int | None,
@@ -73,9 +74,9 @@ def tune(
         if result.reason:
             typer.echo(f"{result.candidate} on {result.problem}: {result.reason}")
 
-    problems = [
-        problem for n in batches for problem in problems_of(network, (n, 3, size, size), compute, flags)
-    ]
+    problems: dict[Problem, int] = {}
+    for n in batches:
+        problems |= problems_of(network, (n, 3, size, size), compute, flags)
     target = detect(where)
     done = run(
         problems,

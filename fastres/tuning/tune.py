@@ -1,21 +1,24 @@
 """Measuring the configurations of every candidate on a network's layers, and writing the user's tables.
 
-What a table already has is left alone, so that a second run compiles and measures nothing. On a GPU all
-work is done in other processes (fastres.workers): a kernel that hangs or crashes ends its process and not the tuning.
-Configurations are first compiled and run once, in as many processes as there are cores, since compiling is
-what takes long; then each is timed in one process, alone, on more buffers than the L2 holds.
+What a table already has is left alone, so that a second run compiles and measures nothing. The configurations that the
+network's time most likely depends on come first (order.py); further ones only of candidates that are near the best. On
+a GPU all work is done in other processes (fastres.workers): kernels are compiled by as many as there are cores, since
+that takes long and needs no GPU, and each configuration is timed as soon as it is compiled, by one process that has the
+GPU to itself, on more buffers than the L2 holds. A kernel that hangs or crashes ends that process and not the tuning.
 
-The candidates' first configurations come first, of all problems; further ones only of candidates that are
-near the best. Whenever it ends, what was measured until then is written.
+Every trial is logged as it ends, and every few seconds the tables are written: whenever tuning ends, nothing is lost.
 """
 
 from __future__ import annotations
 
 import csv
-import logging
+import heapq
+import itertools
 import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,34 +27,29 @@ import torch
 from torch import nn
 
 from fastres import env
+from fastres.ahead import Job, compile_job
 from fastres.plan.candidate import REGISTRY, Candidate
 from fastres.plan.problem import Problem, Target
 from fastres.tuning import table
 from fastres.tuning.config import to_dict
+from fastres.tuning.order import Trial, ranked
 from fastres.workers import Answer, ask
 
-log = logging.getLogger("fastres.tuning")
-
-# What one compilation and first run may take before its process is ended, in seconds; and one timing.
+# What one compilation may take before its process is ended, in seconds; and one timing.
 _COMPILE_S, _TIMING_S = 90.0, 20.0
 # Configurations of every candidate that are tried in any case; further ones where its best so far takes at most
 # this many times the best candidate's time.
 _FIRST, _WITHIN = 2, 1.5
-# The share of the time allowed that compiling may take, wave by wave.
-_COMPILING = 0.6
+# A candidate that has ended so many processes is tried no more: starting another takes seconds.
+_MOST_DEATHS = 2
+# Compiled and not yet timed, for each process that compiles: more would be guesses about what is worth it.
+_AHEAD = 4
+# The tables are written every so many seconds.
+_WRITE_S = 10.0
 # What the log of trials says of the machine.
 _LOGGED = ("gpu", "driver", "torch", "triton", "fastres", "date")
 # Buffers to rotate through may take this share of the GPU's free memory.
 _MEMORY_SHARE = 0.4
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One configuration of one candidate on one problem; `config` counts in `Candidate.configs`."""
-
-    candidate: str
-    problem: Problem
-    config: int
 
 
 @dataclass(frozen=True)
@@ -67,8 +65,8 @@ class Result:
 
 def problems_of(
     model: nn.Module, shape: Sequence[int], dtype: torch.dtype, flags: tuple[str, ...] = ()
-) -> list[Problem]:
-    """The distinct problems that any registered pattern finds in `model` on inputs of `shape`."""
+) -> dict[Problem, int]:
+    """The distinct problems that any registered pattern finds in `model` on inputs of `shape`, and how often."""
     from fastres.graph.capture import capture
     from fastres.plan.specs import problem_of, propagate
 
@@ -80,8 +78,8 @@ def problems_of(
             for match in pattern.matches(graph.nodes, start, users):
                 problem = problem_of(match, shapes, dtype, flags)
                 if problem is not None:
-                    found[problem] = None
-    return list(found)
+                    found[problem] = found.get(problem, 0) + 1
+    return found
 
 
 def wanted(
@@ -123,7 +121,7 @@ def _named(candidate: Candidate, names: Sequence[str]) -> bool:
 
 
 def tune(
-    problems: Iterable[Problem],
+    problems: Iterable[Problem] | Mapping[Problem, int],
     target: Target,
     device: torch.device,
     *,
@@ -141,16 +139,18 @@ def tune(
     """Measure and write the user's tables.
 
     Args:
+        problems: as a mapping, with how often each occurs in its network.
         candidates: see `wanted`. user: folder of the tables; default `table.user_dir()`.
         again: measure also what the tables have.
         thorough: every configuration of every candidate, near the best or not.
         limit_s: seconds after which nothing new is begun.
-        jobs: processes that compile; default: as many as cores, at most 16; 0: everything in this process,
-            without its protection.
+        jobs: processes that compile; default: two less than there are cores, at most 16; 0: everything in this
+            process, without its protection.
         budget_s: seconds of timing a configuration.
-        log_to: a CSV file that every trial is appended to.
+        log_to: a CSV file that every trial is appended to as it ends.
         on_result: called with each result at the end; on_progress: with a line of text now and then.
     """
+    until = time.monotonic() + limit_s
     user = table.user_dir() if user is None else user
     todo = list(wanted(problems, target, candidates=candidates, user=user, again=again))
     if not todo:
@@ -158,17 +158,21 @@ def tune(
     if device.type != "cuda":
         jobs = 0
     elif jobs is None:
-        jobs = min(16, os.cpu_count() or 1)
-    run = _Run(todo, target, device, jobs, budget_s, time.monotonic() + limit_s, on_progress)
-    header = _header(device)
+        jobs = max(1, min(16, len(os.sched_getaffinity(0)) - 2))
+    counts = problems if isinstance(problems, Mapping) else {}
+    trials = ranked(todo, counts, target)
+    run = _Run(todo, trials, target, device, jobs, budget_s, until, thorough, _header(device), log_to)
+    written = time.monotonic()
     try:
-        for first, end in ((0, _FIRST), (_FIRST, None)):
-            run.wave(first, end, thorough)
-            run.write(user, header)  # what comes next may be interrupted for good
+        for done, (trial, answer) in enumerate(run.outcomes(), 1):
+            run.keep(trial, answer)
+            if time.monotonic() > written + _WRITE_S:
+                run.write(user)
+                on_progress(f"tried {done} of at most {len(trials)}")
+                written = time.monotonic()
     finally:
-        run.write(user, header)
-        if log_to is not None:
-            run.log(log_to, header)
+        run.stopped = True
+        run.write(user)
     results = run.results()
     for result in results:
         on_result(result)
@@ -180,65 +184,128 @@ class _Run:
     """The trials of one call of `tune`, and what came of them."""
 
     todo: list[tuple[Problem, list[Candidate]]]
+    trials: list[tuple[float, Trial]]
     target: Target
     device: torch.device
     jobs: int
     budget_s: float
     until: float
-    on_progress: Callable[[str], None]
+    thorough: bool
+    header: dict[str, str]
+    log_to: Path | None
     # (candidate, problem) → configuration's number → milliseconds, or why there are none
     answers: dict[tuple[str, Problem], dict[int, Answer]] = field(default_factory=dict)
-    told: float = 0.0
+    deaths: Counter[str] = field(default_factory=Counter)
+    # compiled and not yet timed: (-value, order, trial)
+    ready: list[tuple[float, int, Trial]] = field(default_factory=list)
+    compiling: bool = False
+    stopped: bool = False
+    # two threads compile and time
+    changed: threading.Condition = field(default_factory=threading.Condition)
 
-    def wave(self, first: int, end: int | None, thorough: bool) -> None:
-        """Compile and time the configurations [first, end) of every candidate that is worth it."""
-        trials = [
-            Trial(candidate.name, problem, i)
-            for problem, found in self.todo
-            for candidate in found
-            if thorough or not first or self._near(candidate.name, problem)
-            for i in range(len(candidate.configs(problem, self.target)))[first:end]
-        ]
-        trials.sort(key=lambda trial: trial.config)
-        for done, (trial, answer) in enumerate(self._timed(trials), 1):
-            self._keep(trial, answer)
-            self._tell(f"timed {done} of {len(trials)}")
-
-    def _timed(self, trials: list[Trial]) -> Iterator[tuple[Trial, Answer]]:
-        where = self.target, str(self.device)
+    def outcomes(self) -> Iterator[tuple[Trial, Answer]]:
+        """Every trial that was timed; those that did not compile are kept on the way."""
         if not self.jobs:
-            for trial in trials:
+            for _, trial in self._worth():
                 if time.monotonic() > self.until:
                     return
                 try:
-                    yield trial, Answer(time_trial(trial, *where, self.budget_s))
+                    answer = Answer(time_trial(trial, self.target, str(self.device), self.budget_s))
                 except Exception as error:  # the next configuration may run
-                    yield trial, Answer(reason=f"{type(error).__name__}: {error}".strip().splitlines()[0])
+                    answer = Answer(reason=f"{type(error).__name__}: {error}".strip().splitlines()[0])
+                yield trial, answer
             return
-        now, compiled = time.monotonic(), []
-        until = now + _COMPILING * (self.until - now)
-        asked = ask(trials, first_run, where, jobs=self.jobs, patience_s=_COMPILE_S, until=until)
-        for trial, answer in asked:
-            if answer.reason:
-                self._keep(trial, answer)
+        self.compiling = True
+        threading.Thread(target=self._compile, daemon=True).start()
+        where = self.target, str(self.device), self.budget_s
+        for trial, answer in ask(
+            self._next(), time_trial, where, jobs=1, patience_s=_TIMING_S, until=self.until
+        ):
+            self.deaths[trial.candidate] += "did not" in answer.reason or "process died" in answer.reason
+            yield trial, answer
+
+    def _worth(self) -> Iterator[tuple[float, Trial]]:
+        """(value, trial) in their order, without further configurations of what is far from the best; those of
+        which nothing is known yet wait until the others are through."""
+        later = []
+        for last in (False, True):
+            for value, trial in later if last else self.trials:
+                if trial.config < _FIRST or self.thorough:
+                    yield value, trial
+                elif self._best(trial.candidate, trial.problem) is None and not last:
+                    later.append((value, trial))
+                elif self._near(trial.candidate, trial.problem):
+                    yield value, trial
+
+    def _compile(self) -> None:
+        """The other thread: what is worth it is compiled, and then ready to be timed."""
+        values: dict[Job, tuple[float, Trial]] = {}
+        order = itertools.count()
+
+        def enqueue(value: float, trial: Trial) -> None:
+            with self.changed:
+                heapq.heappush(self.ready, (-value, next(order), trial))
+                self.changed.notify_all()
+
+        def jobs() -> Iterator[Job]:
+            for value, trial in self._worth():
+                with self.changed:
+                    while len(self.ready) > _AHEAD * self.jobs and self._going():
+                        self.changed.wait(0.2)
+                if not self._going():
+                    return
+                candidate = REGISTRY[trial.candidate]
+                if type(candidate).kernels is Candidate.kernels:  # it has nothing to compile
+                    enqueue(value, trial)
+                    continue
+                planar = candidate.planar(trial.problem)
+                job = Job(trial.candidate, trial.problem, trial.choice(self.target), planar)
+                values[job] = value, trial
+                yield job
+
+        try:
+            asked = ask(
+                jobs(), compile_job, (self.target,), jobs=self.jobs, patience_s=_COMPILE_S, until=self.until
+            )
+            for job, answer in asked:
+                value, trial = values.pop(job)
+                if answer.reason:
+                    self.keep(trial, answer)
+                else:
+                    enqueue(value, trial)
+        finally:
+            with self.changed:
+                self.compiling = False
+                self.changed.notify_all()
+
+    def _going(self) -> bool:
+        return not self.stopped and time.monotonic() < self.until
+
+    def _next(self) -> Iterator[Trial]:
+        """The most valuable of what is ready, as soon as something is."""
+        while True:
+            with self.changed:
+                while not self.ready and self.compiling and self._going():
+                    self.changed.wait(0.2)
+                if not self.ready or not self._going():
+                    return
+                _, _, trial = heapq.heappop(self.ready)
+                self.changed.notify_all()
+            if self.deaths[trial.candidate] < _MOST_DEATHS:
+                yield trial
             else:
-                compiled.append(trial)
-            self._tell(f"compiled {len(compiled)} of {len(trials)}")
-        compiled.sort(key=lambda trial: trial.config)
-        where = *where, self.budget_s
-        yield from ask(compiled, time_trial, where, jobs=1, patience_s=_TIMING_S, until=self.until)
+                self.keep(trial, Answer(reason=f"not tried: it has ended {_MOST_DEATHS} processes"))
 
-    def _keep(self, trial: Trial, answer: Answer) -> None:
-        self.answers.setdefault((trial.candidate, trial.problem), {})[trial.config] = answer
-
-    def _tell(self, text: str) -> None:
-        if time.monotonic() > self.told + 10.0:
-            self.told = time.monotonic()
-            self.on_progress(text)
+    def keep(self, trial: Trial, answer: Answer) -> None:
+        with self.changed:
+            self.answers.setdefault((trial.candidate, trial.problem), {})[trial.config] = answer
+            if self.log_to is not None:
+                self._log(trial, answer)
 
     def _best(self, candidate: str, problem: Problem) -> tuple[float, int] | None:
         """(milliseconds, number) of the candidate's fastest configuration so far."""
-        answers = self.answers.get((candidate, problem), {})
+        with self.changed:
+            answers = dict(self.answers.get((candidate, problem), {}))
         return min(((a.value, i) for i, a in answers.items() if not a.reason), default=None)
 
     def _near(self, candidate: str, problem: Problem) -> bool:
@@ -262,7 +329,7 @@ class _Run:
                 made.append(Result(candidate.name, problem, reason=reason))
         return made
 
-    def write(self, user: Path, header: dict[str, str]) -> None:
+    def write(self, user: Path) -> None:
         """The best of every candidate so far into its table, with the others' times beside it."""
         results = [result for result in self.results() if not result.reason]
         for name in {result.candidate for result in results}:
@@ -280,30 +347,21 @@ class _Run:
                         "ms": round(result.ms, 6),
                         "peers": peers,
                     }
-            table.write(user, self.target.arch, name, header, entries)
+            table.write(user, self.target.arch, name, self.header, entries)
 
-    def log(self, file: Path, header: dict[str, str]) -> None:
-        """Append every trial to a CSV file."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "a", newline="") as stream:
+    def _log(self, trial: Trial, answer: Answer) -> None:
+        """Append the trial to the CSV file."""
+        self.log_to.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.log_to, "a", newline="") as stream:
             rows = csv.writer(stream)
             if not stream.tell():
                 rows.writerow(["problem", "candidate", "config", "ms", "floor_ms", "reason", *_LOGGED])
-            for (name, problem), answers in self.answers.items():
-                configs = REGISTRY[name].configs(problem, self.target)
-                floor = self.target.floor_ms(problem)
-                for i, answer in sorted(answers.items()):
-                    ms = "" if answer.reason else f"{answer.value:.6f}"
-                    known = "" if floor is None else f"{floor:.6f}"
-                    made = [header.get(column, "") for column in _LOGGED]
-                    rows.writerow([problem.key, name, configs[i] or "", ms, known, answer.reason, *made])
-
-
-def first_run(trial: Trial, target: Target, device: str) -> None:
-    """Compile a configuration and run it once, to the end."""
-    _bind(trial, target, device)()
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
+            floor = self.target.floor_ms(trial.problem)
+            ms = "" if answer.reason else f"{answer.value:.6f}"
+            known = "" if floor is None else f"{floor:.6f}"
+            made = [self.header.get(column, "") for column in _LOGGED]
+            config = trial.choice(self.target) or ""
+            rows.writerow([trial.problem.key, trial.candidate, config, ms, known, answer.reason, *made])
 
 
 def time_trial(trial: Trial, target: Target, device: str, budget_s: float) -> float:
@@ -331,8 +389,7 @@ def _bind(trial: Trial, target: Target, device: str) -> Callable[[], Any]:
     # loads the library that its kernels are in
     if reason := candidate.accepts(trial.problem, target):
         raise RuntimeError(reason)
-    config = candidate.configs(trial.problem, target)[trial.config]
-    return bind_alone(candidate, trial.problem, config, torch.device(device))
+    return bind_alone(candidate, trial.problem, trial.choice(target), torch.device(device))
 
 
 def _header(device: torch.device) -> dict[str, str]:

@@ -36,7 +36,8 @@ from fastres.plan.pattern import PATTERNS  # noqa: E402
 from fastres.plan.planner import table_cost  # noqa: E402
 from fastres.plan.problem import ConvSpec, Problem, Target  # noqa: E402
 from fastres.plan.target import detect  # noqa: E402
-from fastres.tuning.tune import Trial, time_trial  # noqa: E402
+from fastres.tuning.order import Trial  # noqa: E402
+from fastres.tuning.tune import time_trial  # noqa: E402
 from fastres.workers import Answer, ask  # noqa: E402
 
 # What a check may take, in seconds, and a timing; kernels are compiled before.

@@ -19,7 +19,7 @@ from fastres.plan.problem import ConvSpec, Problem
 from fastres.plan.target import detect
 from fastres.tuning import table, tune
 from fastres.tuning.config import Config
-from fastres.workers import Answer, ask
+from fastres.workers import ask
 
 CPU = torch.device("cpu")
 TARGET = detect(CPU)
@@ -205,9 +205,11 @@ def test_trials_run_in_processes_of_their_own_and_failures_are_told_apart():
     reference = next(c for c in REGISTRY.for_pattern(CONV_BN_ACT) if c.accepts(problem(), TARGET) is None)
     good = [tune.Trial(reference.name, problem(n), 0) for n in (1, 2, 3)]
     bad = tune.Trial("fake.nobody", problem(), 0)
-    answers = dict(ask([*good, bad], tune.first_run, (TARGET, "cpu"), jobs=2, patience_s=60))
+    answers = dict(ask([*good, bad], tune.time_trial, (TARGET, "cpu", 0.01), jobs=2, patience_s=60))
     assert "fake.nobody" in answers.pop(bad).reason
-    assert answers == {trial: Answer() for trial in good}
+    assert all(not answer.reason and answer.value > 0 for answer in answers.values()) and set(answers) == set(
+        good
+    )
 
 
 def test_slow_candidates_get_their_first_choices_only(registry, tmp_path):
@@ -227,17 +229,18 @@ def test_nothing_is_begun_when_the_time_is_up_and_what_was_measured_is_kept(regi
     assert [result.reason for result in none] == ["the time was up before its turn"] * 2
     assert not list(tmp_path.rglob("*.json"))
 
-    def interrupted(self, *args):
-        if self.answers:
+    def interrupted(trial, *_, calls=[]):  # noqa: B006
+        calls.append(trial)
+        if len(calls) > 1:
             raise KeyboardInterrupt
-        self.answers["fake.a", problem()] = {2: Answer(0.5)}
+        return 0.5
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(tune._Run, "wave", interrupted)
+        patch.setattr(tune, "time_trial", interrupted)
         run([problem()], tmp_path, log_to=tmp_path / "trials.csv")
     entries = json.loads(table.path(tmp_path, TARGET.arch, "fake.a").read_text())["entries"]
     assert entries[problem().key]["ms"] == 0.5
     with open(tmp_path / "trials.csv", newline="") as file:
         (row,) = csv.DictReader(file)
-    assert (row["candidate"], row["ms"], row["config"]) == ("fake.a", "0.500000", "rounds=2 broken=0")
+    assert (row["candidate"], row["ms"], row["config"]) == ("fake.a", "0.500000", "rounds=40 broken=0")
     assert row["torch"] == torch.__version__
