@@ -40,8 +40,8 @@ _SCHEMAS = (
     "int block_m, int block_n, int splits, Tensor(a!) record) -> ()",
     # box: images, rows and columns of output pixels that a block takes.
     "sm90_conv_latency(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out, "
-    "int[] geometry, int act, float act_param, Tensor? second, int[] second_stride, int[] box, int cluster, "
-    "Tensor(a!) record) -> ()",
+    "int[] geometry, int act, float act_param, Tensor? second, int[] second_stride, int[] box, int filters, "
+    "int cluster, Tensor(a!) record) -> ()",
     "sm90_conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out, "
     "Tensor counter, int[] geometry, int act, float act_param, Tensor? second, Tensor? second_weight, "
     "int[] second_stride, int filters, int pixels, int cluster, Tensor(a!) record) -> ()",

@@ -33,7 +33,8 @@ void sm80_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale
 // columns of output pixels that a block takes.
 void sm90_conv_latency(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
                        const Optional& residual, const Tensor& out, Ints geometry, int64_t act, double act_param,
-                       const Optional& second, Ints second_stride, Ints box, int64_t cluster, const Tensor& record) {
+                       const Optional& second, Ints second_stride, Ints box, int64_t filters, int64_t cluster,
+                       const Tensor& record) {
   check_device(x, "x");
   check_nhwc(x, "x");
   check_nhwc(out, "out");
@@ -52,7 +53,7 @@ void sm90_conv_latency(const Tensor& x, const Tensor& weight, const Tensor& scal
   FASTRES_CHECK(cluster >= 1 && cluster <= steps, "cluster is ", cluster, ", expected 1 to ", steps);
   finish_record(x, record, [&] {
     return sm90_conv_latency_record(p, type_of(x, "x"), static_cast<int>(box[0]), static_cast<int>(box[1]),
-                                    static_cast<int>(box[2]), static_cast<int>(cluster));
+                                    static_cast<int>(box[2]), static_cast<int>(filters), static_cast<int>(cluster));
   });
 }
 

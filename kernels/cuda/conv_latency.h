@@ -7,7 +7,6 @@
 
 namespace fastres {
 
-constexpr int kLatencyFilters = 64;
 constexpr int kLatencyDepth = 64;  // channels a step: a 128-byte row
 
 // The blocks of a launch: parts of the depth innermost, then filters, groups, boxes of output pixels. A box's input
@@ -15,6 +14,7 @@ constexpr int kLatencyDepth = 64;  // channels a step: a 128-byte row
 // taps that lie in the padding for all of it.
 struct ConvBoxes {
   int images, rows, columns;        // of a box
+  int filters;                      // of a block
   int boxes_n, boxes_p, boxes_q;    // of them
   int filter_tiles, groups, parts;
 
@@ -22,10 +22,11 @@ struct ConvBoxes {
   FASTRES_BOTH constexpr int64_t blocks() const {
     return static_cast<int64_t>(boxes_n) * boxes_p * boxes_q * filter_tiles * groups * parts;
   }
-  FASTRES_BOTH static constexpr ConvBoxes of(const ConvShape& v, int images, int rows, int columns, int parts) {
-    return {images, rows, columns,
+  FASTRES_BOTH static constexpr ConvBoxes of(const ConvShape& v, int images, int rows, int columns, int filters,
+                                              int parts) {
+    return {images, rows, columns, filters,
             static_cast<int>(ceil_div(v.n, images)), static_cast<int>(ceil_div(v.p, rows)),
-            static_cast<int>(ceil_div(v.q, columns)), static_cast<int>(ceil_div(v.group_k(), kLatencyFilters)),
+            static_cast<int>(ceil_div(v.q, columns)), static_cast<int>(ceil_div(v.group_k(), filters)),
             v.groups, parts};
   }
 };
@@ -35,7 +36,7 @@ struct ConvBox {
   FASTRES_BOTH static constexpr ConvBox of(const ConvBoxes& b, int block) {
     ConvBox at{};
     at.part = block % b.parts, block /= b.parts;
-    at.first_filter = block % b.filter_tiles * kLatencyFilters, block /= b.filter_tiles;
+    at.first_filter = block % b.filter_tiles * b.filters, block /= b.filter_tiles;
     at.group = block % b.groups, block /= b.groups;
     at.q = block % b.boxes_q * b.columns, block /= b.boxes_q;
     at.p = block % b.boxes_p * b.rows, block /= b.boxes_p;
@@ -92,7 +93,9 @@ struct LatencyConv {
 FASTRES_BOTH constexpr int latency_weight_row(const ConvShape& v, int second_channels) {
   return v.r * v.s * static_cast<int>(round_up(v.group_c(), kLatencyDepth)) + second_channels;
 }
-// A box of at most 64 pixels; cluster: 1, 2, 4 or 8 blocks that share the depth. Throws std::invalid_argument.
-Record sm90_conv_latency_record(const LatencyConv& p, Type type, int images, int rows, int columns, int cluster);
+// A box of at most 128 pixels; filters: 64 or 128 a block; cluster: 1, 2, 4 or 8 blocks that share the depth. Throws
+// std::invalid_argument.
+Record sm90_conv_latency_record(const LatencyConv& p, Type type, int images, int rows, int columns, int filters,
+                                int cluster);
 
 }  // namespace fastres

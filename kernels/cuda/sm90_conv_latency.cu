@@ -1,6 +1,7 @@
 // Convolution + BN + residual + activation for small batches on Hopper: everything for the shortest chain of steps.
 //
-// Filters are wgmma's M (64), pixels its N (32 or 64), so that 49 or 196 pixels still make full products. The depth is
+// Filters are wgmma's M (64, of each of one or two groups of warps), pixels its N (32, 64 or 128), so that 49 or 196
+// pixels still make full products; larger tiles read less from the L2, smaller ones fill more SMs. The depth is
 // divided among the blocks of a cluster, and each block adds the parts of its share of the pixels, in order, through
 // distributed shared memory. A block asks for no more shared memory than its steps fill, at most half an SM's: then the
 // next layer's blocks find room beside this one's, and their filters are on their way before this layer has ended.
@@ -15,16 +16,15 @@
 namespace fastres {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kFilters = kLatencyFilters;
-constexpr int kFilterBytes = kFilters * kSwizzleRow;
-constexpr int kTileStride = kFilters + 4;  // floats; the 4 put eight filters and four pixels into different banks
 constexpr int kMaxStride = 8;              // that TMA steps by
 
-constexpr int stage_bytes(int pixels) { return kFilterBytes + pixels * kSwizzleRow; }
+constexpr int threads_of(int filters) { return 2 * filters; }
+constexpr int stage_bytes(int filters, int pixels) { return (filters + pixels) * kSwizzleRow; }
 // What two blocks an SM leave to each (227 KB, less 1 KB that the system takes of a block).
-constexpr int stages_of(int pixels) { return (113 * 1024 - 128) / stage_bytes(pixels); }
-constexpr int tile_bytes(int pixels) { return pixels * kTileStride * 4; }
+constexpr int stages_of(int filters, int pixels) { return (113 * 1024 - 128) / stage_bytes(filters, pixels); }
+// Floats from a pixel's sums to the next one's; the 4 put eight filters and four pixels into different banks.
+constexpr int tile_stride(int filters) { return filters + 4; }
+constexpr int tile_bytes(int filters, int pixels) { return pixels * tile_stride(filters) * 4; }
 
 struct Parameters {
   TensorMap weight, x, second;
@@ -35,10 +35,13 @@ struct Parameters {
   int barriers;  // offset in shared memory
 };
 
-template <class T, int kPixels>
-__global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __grid_constant__ Parameters p) {
-  constexpr int V = 8, kStages = stages_of(kPixels), kStageBytes = stage_bytes(kPixels);
+template <class T, int kFilters, int kPixels>
+__global__ void __launch_bounds__(threads_of(kFilters), 2) sm90_conv_latency_kernel(const __grid_constant__ Parameters p) {
+  constexpr int V = 8, kStages = stages_of(kFilters, kPixels), kStageBytes = stage_bytes(kFilters, kPixels);
+  constexpr int kThreads = threads_of(kFilters), kFilterBytes = kFilters * kSwizzleRow;
+  constexpr int kTileStride = tile_stride(kFilters);
   constexpr int kItems = kPixels * (kFilters / V) / kThreads;  // 16-byte stores of a thread, where no cluster shares them
+  constexpr int kAhead = kPixels == 128 ? 1 : kItems;  // whose residual is asked for before the products
   ptx::let_successor_start();
   unsigned char* memory = ptx::dynamic_shared();
   const uint32_t ring = ptx::shared_address(memory);  // stage: filters, then pixels
@@ -101,16 +104,21 @@ __global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __gri
   if (thread < in_flight) load_pixels(thread);
   // While they come: the residual.
   const Range mine = part_of(kPixels, at.part, parts);
-  int64_t place[kItems];
-  Pack<T, V> residual[kItems];
-#pragma unroll
-  for (int k = 0; k < kItems; ++k) {
-    const int m = mine.begin + k * (kThreads * V / kFilters) + thread / (kFilters / V);
+  const auto item_pixel = [&](int k) { return mine.begin + k * (kThreads * V / kFilters) + thread / (kFilters / V); };
+  const auto place_of = [&](int k) {
+    const int m = item_pixel(k);
     const int64_t pixel = m < mine.end && filters > 0 ? at.pixel(shape, p.boxes, m) : -1;
-    place[k] = pixel < 0 ? -1 : pixel * shape.k + channel;
-    if (place[k] >= 0 && aligned && e.residual)
-      residual[k] = load<T, V>(static_cast<const T*>(e.residual) + place[k]);
-  }
+    return pixel < 0 ? pixel : pixel * shape.k + channel;
+  };
+  const auto residual_at = [&](int64_t place) {
+    Pack<T, V> r;
+    if (place >= 0 && aligned && e.residual) r = load<T, V>(static_cast<const T*>(e.residual) + place);
+    return r;
+  };
+  int64_t place[kAhead];
+  Pack<T, V> residual[kAhead];
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k) place[k] = place_of(k), residual[k] = residual_at(place[k]);
 
   float sum[kPixels / 2];
 #pragma unroll
@@ -119,13 +127,13 @@ __global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __gri
     ptx::barrier_wait(full + step % kStages * 8, step / kStages & 1);
     ptx::sync_warp();
     const uint32_t stage = ring + step % kStages * kStageBytes;
-    const uint64_t a = matrix_descriptor(stage), b = matrix_descriptor(stage + kFilterBytes);
+    const uint64_t a = matrix_descriptor(stage + warp / 4 * 64 * kSwizzleRow), b = matrix_descriptor(stage + kFilterBytes);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kLatencyDepth / 16; ++k)
       ptx::wgmma(sum, a + k * kDescriptorStep, b + k * kDescriptorStep, step > 0 || k > 0, T{});
     ptx::wgmma_commit();
-    // The stage of the step before is free when all four warps' products of it are done.
+    // The stage of the step before is free when all warps' products of it are done.
     if (step > 0 && step - 1 + kStages < count) {
       ptx::wgmma_wait<1>(sum);
       ptx::sync_threads();
@@ -148,8 +156,10 @@ __global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __gri
 
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
-    if (place[k] < 0) continue;
-    const int at_tile = (mine.begin + k * (kThreads * V / kFilters) + thread / (kFilters / V)) * kTileStride + filter;
+    const int64_t to = k < kAhead ? place[k % kAhead] : place_of(k);
+    if (to < 0) continue;
+    const Pack<T, V> added = k < kAhead ? residual[k % kAhead] : residual_at(to);
+    const int at_tile = item_pixel(k) * kTileStride + filter;
     float total[V] = {};
     // Parts in order, several on their way at once.
 #pragma unroll 4
@@ -162,14 +172,14 @@ __global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __gri
       }
     }
     if (!aligned) {
-      finish<T, V>(e, total, place[k], channel, filters, false);
+      finish<T, V>(e, total, to, channel, filters, false);
       continue;
     }
     Pack<T, V> y;
 #pragma unroll
     for (int j = 0; j < V; ++j) {
       float z = total[j] * scale[j] + shift[j];
-      if (e.residual) z += widen(residual[k].v[j]);
+      if (e.residual) z += widen(added.v[j]);
       if (e.act > kRelu) {
         z = activate(e.act, z, e.act_param);
       } else if (e.act == kRelu) {
@@ -177,7 +187,7 @@ __global__ void __launch_bounds__(kThreads) sm90_conv_latency_kernel(const __gri
       }
       y.v[j] = narrow<T>(z);
     }
-    store<T, V>(static_cast<T*>(e.out) + place[k], y);
+    store<T, V>(static_cast<T*>(e.out) + to, y);
   }
   // Nobody leaves while another block may still read its sums.
   if (parts > 1) {
@@ -201,24 +211,33 @@ TensorMap pixels_map(Type type, const void* base, const ConvShape& v, const Conv
   return make_tensor_map(f);
 }
 
+template <class T, int kFilters>
+Record typed(const Parameters& p, int pixels, unsigned shared, const char* name) {
+  const Shape shape{dim3(static_cast<unsigned>(p.boxes.blocks())), threads_of(kFilters), shared,
+                    static_cast<unsigned>(p.boxes.parts)};
+  auto* kernel = sm90_conv_latency_kernel<T, kFilters, 32>;
+  if (pixels == 64) kernel = sm90_conv_latency_kernel<T, kFilters, 64>;
+  if (pixels == 128) kernel = sm90_conv_latency_kernel<T, kFilters, 128>;
+  return make_record(kernel, shape, p, name);
+}
 template <class T>
 Record typed(const Parameters& p, int pixels, unsigned shared, const char* name) {
-  const Shape shape{dim3(static_cast<unsigned>(p.boxes.blocks())), kThreads, shared,
-                    static_cast<unsigned>(p.boxes.parts)};
-  return make_record(pixels == 32 ? sm90_conv_latency_kernel<T, 32> : sm90_conv_latency_kernel<T, 64>, shape, p, name);
+  return p.boxes.filters == 64 ? typed<T, 64>(p, pixels, shared, name) : typed<T, 128>(p, pixels, shared, name);
 }
 
 }  // namespace
 
-Record sm90_conv_latency_record(const LatencyConv& c, Type type, int images, int rows, int columns, int cluster) {
+Record sm90_conv_latency_record(const LatencyConv& c, Type type, int images, int rows, int columns, int filters,
+                                int cluster) {
   const ConvShape& v = c.conv.shape;
   const auto refuse = [](bool wrong, const char* why) {
     if (wrong) throw std::invalid_argument(why);
   };
   refuse(type != Type::kBf16 && type != Type::kFp16, "bfloat16 and float16 are taken");
   refuse(cluster != 1 && cluster != 2 && cluster != 4 && cluster != 8, "cluster: 1, 2, 4 and 8 blocks are taken");
-  refuse(images < 1 || rows < 1 || columns < 1 || static_cast<int64_t>(images) * rows * columns > 64,
-         "a box has 1 to 64 pixels");
+  refuse(filters != 64 && filters != 128, "filters: 64 and 128 a block are taken");
+  refuse(images < 1 || rows < 1 || columns < 1 || static_cast<int64_t>(images) * rows * columns > 128,
+         "a box has 1 to 128 pixels");
   refuse(v.group_c() % 8 || (c.second && c.second_shape.c % 8), "a group's channels must be a multiple of 8");
   for (const ConvShape* s : {&v, c.second ? &c.second_shape : &v}) {
     refuse(s->stride_h > kMaxStride || s->stride_w > kMaxStride, "strides up to 8 are taken");
@@ -226,7 +245,7 @@ Record sm90_conv_latency_record(const LatencyConv& c, Type type, int images, int
   }
   Parameters p{};
   p.shape = v;
-  p.boxes = ConvBoxes::of(v, images, rows, columns, cluster);
+  p.boxes = ConvBoxes::of(v, images, rows, columns, filters, cluster);
   refuse(p.boxes.blocks() >= int64_t{1} << 31, "more than 2^31 blocks");
   p.epilogue = {c.conv.residual, c.conv.scale, c.conv.shift, c.conv.out, c.conv.act, c.conv.act_param};
   p.x = pixels_map(type, c.conv.x, v, p.boxes);
@@ -240,12 +259,12 @@ Record sm90_conv_latency_record(const LatencyConv& c, Type type, int images, int
   TensorMapFields weight{type, 2, c.conv.weight};
   weight.size[0] = static_cast<uint64_t>(c.conv.weight_row), weight.size[1] = static_cast<uint64_t>(v.k);
   weight.stride[0] = uint64_t{2} * static_cast<uint64_t>(c.conv.weight_row);
-  weight.box[0] = kLatencyDepth, weight.box[1] = kFilters;
+  weight.box[0] = kLatencyDepth, weight.box[1] = static_cast<uint32_t>(filters);
   p.weight = make_tensor_map(weight);
 
-  const int pixels = p.boxes.pixels() <= 32 ? 32 : 64;
-  const int stages = std::min<int>(stages_of(pixels), static_cast<int>(ceil_div(steps, cluster)));
-  p.barriers = static_cast<int>(round_up(std::max(stages * stage_bytes(pixels), tile_bytes(pixels)), 8));
+  const int pixels = p.boxes.pixels() <= 32 ? 32 : p.boxes.pixels() <= 64 ? 64 : 128;
+  const int stages = std::min<int>(stages_of(filters, pixels), static_cast<int>(ceil_div(steps, cluster)));
+  p.barriers = static_cast<int>(round_up(std::max(stages * stage_bytes(filters, pixels), tile_bytes(filters, pixels)), 8));
   const unsigned shared = static_cast<unsigned>(p.barriers + stages * 8);
   const char* name = c.second ? "sm90_conv_latency, dual" : "sm90_conv_latency";
   return type == Type::kBf16 ? typed<bf16>(p, pixels, shared, name) : typed<fp16>(p, pixels, shared, name);

@@ -5,6 +5,8 @@ cuda.sm90_conv_latency takes one; cuda.sm90_dual_latency adds a projection short
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,19 +24,20 @@ from fastres.tuning.config import Config
 
 _MAX_BATCH = 16
 _MAX_STRIDE = 8  # that TMA steps by
+_MAX_SIDE = 64  # rows or columns of a box
 _STEP = 64  # channels a step
-_FILTERS = 64  # a block
 
 
 @dataclass(frozen=True)
 class LatencyConfig(Config):
-    """A block computes 64 filters by a box of images x rows x columns output pixels (at most 64); `cluster` blocks
-    divide the depth among them."""
+    """A block computes `filters` (64 or 128) by a box of images x rows x columns output pixels (at most 128);
+    `cluster` blocks divide the depth among them."""
 
     images: int
     rows: int
     columns: int
     cluster: int
+    filters: int = 64
 
     @property
     def box(self) -> list[int]:
@@ -66,11 +69,16 @@ def box_taps(spec: ConvSpec, axis: int, size: int) -> list[int]:
 
 def _boxes(spec: ConvSpec, pixels: int) -> Iterator[tuple[int, int, int]]:
     """Boxes of at most `pixels` outputs that divide an image evenly."""
-    for across in range(ceil_div(spec.q, pixels), spec.q + 1):
+    for across in range(ceil_div(spec.q, min(pixels, _MAX_SIDE)), spec.q + 1):
         columns = ceil_div(spec.q, across)
-        for down in range(ceil_div(spec.p, pixels // columns), spec.p + 1):
+        for down in range(ceil_div(spec.p, min(pixels // columns, _MAX_SIDE)), spec.p + 1):
             rows = ceil_div(spec.p, down)
             yield ceil_div(spec.n, ceil_div(spec.n, pixels // (rows * columns))), rows, columns
+
+
+def box_width(box: Sequence[int]) -> int:
+    """Pixels of the product that a box is part of."""
+    return next(width for width in (32, 64, 128) if math.prod(box) <= width)
 
 
 def best_box(spec: ConvSpec, pixels: int, chunks: int, more: int) -> tuple[tuple[int, int, int], int, int]:
@@ -88,47 +96,57 @@ def best_box(spec: ConvSpec, pixels: int, chunks: int, more: int) -> tuple[tuple
     return best[1]
 
 
-def stage_bytes(pixels: int) -> int:
-    """A step in shared memory: 64 filters and the pixels, by 64 channels of 16 bits."""
-    return (_FILTERS + pixels) * _STEP * 2
+def stage_bytes(filters: int, pixels: int) -> int:
+    """A step in shared memory: the filters and the pixels, by 64 channels of 16 bits."""
+    return (filters + pixels) * _STEP * 2
 
 
-def max_stages(pixels: int) -> int:
+def max_stages(filters: int, pixels: int) -> int:
     """Steps in shared memory, so that two blocks fit an SM."""
-    return (113 * 1024 - 128) // stage_bytes(pixels)
+    return (113 * 1024 - 128) // stage_bytes(filters, pixels)
 
 
-def _clocks(boxes: int, total: int, longest: int, pixels: int, cluster: int, tiles: int, sms: int) -> float:
+def _clocks(
+    boxes: int, total: int, longest: int, filters: int, pixels: int, cluster: int, tiles: int, sms: int
+) -> float:
     """A model, not a measurement. An SM takes 48 bytes a clock from the L2, all together 24 an SM (5.5 TB/s); filters
-    count half, because they come while the layer in front still works. Products of 64 filters by 32 or 64 pixels
-    take 24 or 32 clocks for each 16 of depth; a wave of blocks 1,500 to start and store, a cluster's sums 500 and 30
-    a block."""
+    count half, because they come while the layer in front still works. Products of 64 filters by 32, 64 or 128 pixels
+    take 24, 32 or 64 clocks for each 16 of depth; a wave of blocks 1,500 to start and store, what a tile has beyond 64
+    by 64 one for 16 outputs; a cluster's sums 500 for 64 by 64, and 30 a block."""
     blocks = boxes * tiles * cluster
-    stage, stages = stage_bytes(pixels), min(max_stages(pixels), ceil_div(longest, cluster))
-    resident = max(1, min(4, 227 * 1024 // (stages * stage + 1024)))
+    stage = stage_bytes(filters, pixels)
+    stages = min(max_stages(filters, pixels), ceil_div(longest, cluster))
+    # by registers, by shared memory
+    resident = max(1, min(4 if filters == 64 and pixels <= 64 else 2, 227 * 1024 // (stages * stage + 1024)))
     share = ceil_div(blocks, sms)
     steps = max(ceil_div(longest, cluster), share * total * tiles / blocks)
-    counted = stage - _FILTERS * _STEP
-    busy = max(steps * max(counted / 48, 96 if pixels == 32 else 128), total * tiles * counted / (24 * sms))
-    return 1500 * ceil_div(share, resident) + busy + (500 + 30 * cluster if cluster > 1 else 0)
+    counted = stage - filters * _STEP
+    products = {32: 96, 64: 128, 128: 256}[pixels] * filters // 64
+    busy = max(steps * max(counted / 48, products), total * tiles * counted / (24 * sms))
+    outputs = max(filters * pixels, 64 * 64)
+    busy += share * (outputs - 64 * 64) / 16
+    return (
+        1500 * ceil_div(share, resident) + busy + (500 * outputs / 4096 + 30 * cluster if cluster > 1 else 0)
+    )
 
 
 @lru_cache(maxsize=1024)
 def _ranked(spec: ConvSpec, groups: int, more: int, sms: int) -> list[tuple[float, LatencyConfig]]:
-    """Boxes of 32 and 64 pixels, every size of cluster, in the order of `_clocks`. `more`: a shortcut's steps."""
+    """Boxes of up to 32, 64 and 128 pixels, every size of cluster, in the order of `_clocks`. `more`: a shortcut's
+    steps."""
     chunks = ceil_div(spec.c // groups, _STEP)
-    tiles = ceil_div(spec.k // groups, _FILTERS) * groups
     steps = chunks * spec.kernel[0] * spec.kernel[1] + more
     found = []
-    for pixels in (64, 32):
+    for pixels in (64, 32, 128):
         box, total, longest = best_box(spec, pixels, chunks, more)
         images, rows, columns = box
         boxes = ceil_div(spec.n, images) * ceil_div(spec.p, rows) * ceil_div(spec.q, columns)
-        width = 32 if images * rows * columns <= 32 else 64
-        for cluster in (1, 2, 4, 8):
-            if cluster <= steps:
-                clocks = _clocks(boxes, total, longest, width, cluster, tiles, sms)
-                found.append((clocks, LatencyConfig(*box, cluster)))
+        width = box_width(box)
+        for filters, cluster in itertools.product((64, 128), (1, 2, 4, 8)):
+            if cluster <= steps and filters < 2 * max(64, spec.k // groups):
+                tiles = ceil_div(spec.k // groups, filters) * groups
+                clocks = _clocks(boxes, total, longest, filters, width, cluster, tiles, sms)
+                found.append((clocks, LatencyConfig(*box, cluster, filters)))
     return sorted(found, key=lambda pair: pair[0])
 
 
@@ -147,7 +165,7 @@ def _too_long(*specs: ConvSpec) -> str | None:
         if max(spec.stride) > _MAX_STRIDE:
             return f"takes strides up to {_MAX_STRIDE}, this is {max(spec.stride)}"
         # a box is at most 64 long, and TMA's at most 256
-        if 64 * max(spec.stride) > 256 and max(spec.p, spec.q) > 32:
+        if _MAX_SIDE * max(spec.stride) > 256 and max(spec.p, spec.q) > 32:
             return f"stride {max(spec.stride)} over {max(spec.p, spec.q)} outputs"
     return None
 
@@ -204,6 +222,7 @@ class Sm90ConvLatency(_Latency):
             None,
             [],
             config.box,
+            config.filters,
             config.cluster,
         )
         return self.launch(torch.ops.fastres_cuda.sm90_conv_latency, (buffers, constants), *args)
@@ -246,6 +265,7 @@ class Sm90DualLatency(_Latency):
             buffers["shortcut.x"],
             list(problem["shortcut"].stride),
             config.box,
+            config.filters,
             config.cluster,
         )
         return self.launch(torch.ops.fastres_cuda.sm90_conv_latency, (buffers, constants), *args)

@@ -72,13 +72,15 @@ def test_boxes_hold_every_product_once_and_no_padding(c):
     for spec in (*_random_specs(500), *_network_specs(32)):
         groups = spec.groups // merged_groups(spec)
         chunks = -(-(spec.c // groups) // 64)
-        pixels, more = rng.choice((32, 64)), rng.randint(0, 3)
+        pixels, more = rng.choice((32, 64, 128)), rng.randint(0, 3)
+        filters = rng.choice((64, 128))
         (images, rows, columns), steps, longest = best_box(spec, pixels, chunks, more)
         box[:] = images, rows, columns
         assert 1 <= images * rows * columns <= pixels
         boxes = -(-spec.n // images) * -(-spec.p // rows) * -(-spec.q // columns)
         assert (
-            c.check_boxes(_numbers(spec, groups), box, rng.choice((1, 2, 4, 8)), ctypes.byref(total)) == 0
+            c.check_boxes(_numbers(spec, groups), box, filters, rng.choice((1, 2, 4, 8)), ctypes.byref(total))
+            == 0
         ), spec
         assert total.value == steps - boxes * more and longest * boxes >= steps
         skipped += boxes * chunks * spec.kernel[0] * spec.kernel[1] - total.value

@@ -17,6 +17,7 @@ from fastres.backends.cuda.latency import (
     LatencyConfig,
     Sm90ConvLatency,
     Sm90DualLatency,
+    box_width,
     max_stages,
     stage_bytes,
 )
@@ -45,10 +46,20 @@ CASES = {
 }
 
 
+def _share(request, configs, number):
+    """The half of the configs whose turn it is in the emulator: every config runs under two of the four schedules,
+    which of them changes from case to case, and between them every tile and path under all four."""
+    schedules, schedule = list(emulated.SCHEDULES.values()), request.node.callspec.params["every_schedule"]
+    if schedule not in schedules:
+        return configs
+    # early and all late, or one of the two late
+    return configs[(number + (schedules.index(schedule) in (1, 2))) % 2 :: 2] or configs
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_every_config_equals_fp64(name, every_schedule):
+def test_every_config_equals_fp64(name, every_schedule, request):
     problem = CASES[name]
-    for config in CANDIDATE.configs(problem, H100):
+    for config in _share(request, CANDIDATE.configs(problem, H100), list(CASES).index(name)):
         check_candidate(CANDIDATE, problem, config, every_schedule)
     check_candidate(CANDIDATE, problem, config, every_schedule, integers=True, seed=1)
 
@@ -73,8 +84,8 @@ DUALS = [
 
 
 @pytest.mark.parametrize("problem", DUALS, ids=str)
-def test_every_config_of_dual_equals_fp64(problem, every_schedule):
-    for config in DUAL_CANDIDATE.configs(problem, H100):
+def test_every_config_of_dual_equals_fp64(problem, every_schedule, request):
+    for config in _share(request, DUAL_CANDIDATE.configs(problem, H100), DUALS.index(problem)):
         check_candidate(DUAL_CANDIDATE, problem, config, every_schedule)
 
 
@@ -99,7 +110,8 @@ def test_layers_of_networks_on_a_gpu(name, batch):
 
 def _blocks(spec, config):
     return math.prod(
-        -(-a // b) for a, b in zip((spec.n, spec.p, spec.q, spec.k), (*config.box, 64), strict=True)
+        -(-a // b)
+        for a, b in zip((spec.n, spec.p, spec.q, spec.k), (*config.box, config.filters), strict=True)
     )
 
 
@@ -129,14 +141,16 @@ def test_two_blocks_fit_an_sm(batch):
             record = CANDIDATE.bind(problem, config, Buffers(tensors), constants).records
             # magic, grid, block, cluster, shared memory: after the parameters and two pointers (launch.h)
             *_, x, y, z, threads, cluster, shared = struct.unpack_from("<8I", record.numpy().tobytes(), 1420)
-            assert (y, z, threads, cluster) == (1, 1, 128, config.cluster)
+            assert (y, z, threads, cluster) == (1, 1, 2 * config.filters, config.cluster)
             assert x == _blocks(spec, config) * config.cluster
             assert 2 * (shared + 1024) <= 228 * 1024
             # no more than the steps fill, or the sums
-            pixels = 32 if math.prod(config.box) <= 32 else 64
+            pixels, filters = box_width(config.box), config.filters
             steps = -(-spec.kernel[0] * spec.kernel[1] * -(-spec.c // 64) // config.cluster)
-            stages = min(steps, max_stages(pixels))
-            assert shared == max(stages * stage_bytes(pixels), pixels * 68 * 4) + 8 * stages
+            stages = min(steps, max_stages(filters, pixels))
+            assert (
+                shared == max(stages * stage_bytes(filters, pixels), pixels * (filters + 4) * 4) + 8 * stages
+            )
 
 
 def _binding(channels, device):
@@ -192,7 +206,8 @@ def test_what_it_cannot_do_is_refused_with_the_reason(problem, reason):
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (LatencyConfig(1, 8, 9, 1), "1 to 64 pixels"),
+        (LatencyConfig(2, 8, 9, 1), "1 to 128 pixels"),
+        (LatencyConfig(1, 8, 8, 1, 96), "filters: 64 and 128"),
         (LatencyConfig(0, 8, 8, 1), "box"),
         (LatencyConfig(1, 8, 8, 2), "cluster is 2, expected 1 to 1"),
     ],

@@ -95,9 +95,9 @@ EXPORT long check_tiles(const int* numbers, int block_m, int block_n, int splits
 
 // Boxes cover every output once; a box's steps hold every product that is not zero once, and no tap that lies in the
 // padding for all of the box; its parts differ by at most one step. `total`: the steps of all boxes of one filter tile.
-EXPORT long check_boxes(const int* numbers, const int* box, int parts, long* total) {
+EXPORT long check_boxes(const int* numbers, const int* box, int filters, int parts, long* total) {
   const ConvShape v = shape_of(numbers);
-  const ConvBoxes boxes = ConvBoxes::of(v, box[0], box[1], box[2], parts);
+  const ConvBoxes boxes = ConvBoxes::of(v, box[0], box[1], box[2], filters, parts);
   const int chunks = static_cast<int>(ceil_div(v.group_c(), kLatencyDepth));
   std::vector<int> covered(v.pixels() * v.groups * boxes.filter_tiles, 0);
   long wrong = 0;
@@ -122,11 +122,11 @@ EXPORT long check_boxes(const int* numbers, const int* box, int parts, long* tot
     }
     if (at.group == 0 && at.first_filter == 0) *total += taps.steps();
     std::set<std::pair<int, int>> needed;
-    for (int m = 0; m < 64; ++m) {
+    for (int m = 0; m < 128; ++m) {
       const int64_t pixel = at.pixel(v, boxes, m);
       wrong += m >= boxes.pixels() && pixel >= 0;
       if (pixel < 0) continue;
-      ++covered[(pixel * v.groups + at.group) * boxes.filter_tiles + at.first_filter / kLatencyFilters];
+      ++covered[(pixel * v.groups + at.group) * boxes.filter_tiles + at.first_filter / filters];
       const Window window = window_of(v, static_cast<int>(pixel));
       for (int r = 0; r < v.r; ++r)
         for (int s = 0; s < v.s; ++s)
