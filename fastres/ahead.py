@@ -189,7 +189,8 @@ def compile_ahead(jobs: Iterable[Job], target: Target, *, worth: int = _WORTH) -
 
 def _compile_ahead(jobs: Iterable[Job], target: Target, worth: int) -> int:
     count = processes()
-    if count < 2 or target.kind != "cuda" or not target.triton or _compiles_anyway():
+    # Only NVIDIA's GPUs have a capability: the target of others is not described here.
+    if count < 2 or not target.capability or not target.triton or _compiles_anyway():
         return 0
     start = time.perf_counter()
     wanted = missing(jobs, target)

@@ -128,6 +128,12 @@ def test_no_process_is_started_in_vain(plan, cache, monkeypatch, given, few):
     assert ahead.compile_ahead(ahead.jobs_of(plan), TARGET, worth=few) == 0
 
 
+def test_nothing_is_compiled_for_an_amd_gpu_as_if_it_were_nvidias(plan, cache, monkeypatch):
+    monkeypatch.setattr(workers, "ask", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setenv("FASTRES_COMPILE_JOBS", "2")
+    assert ahead.compile_ahead(ahead.jobs_of(plan), replace(TARGET, arch="gfx90a"), worth=1) == 0
+
+
 def test_how_many_processes_compile(monkeypatch):
     monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda _: range(64))
     assert ahead.processes() == 16
