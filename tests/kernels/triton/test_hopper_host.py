@@ -49,6 +49,7 @@ def machine(monkeypatch):
         persistent = "tiles" in call.arguments or "strips" in call.arguments
         grid = min(call.grid, max(control.blocks // columns, 1) * columns) if persistent else call.grid
         ran = Machine(call.kernel, grid, call.arguments, call.options["num_warps"], control.seed)
+        assert not call.arguments.get("counter", torch.zeros(1)).any(), "a counter is not left at zero"
         control.runs.append((call, ran))
         control.seed += 1
 
@@ -388,6 +389,15 @@ BROKEN = {
     "no fence": ("fence_async_shared()", "pass"),
     "stage never freed": ("count=1, pred=i > 0)", "count=1, pred=i > 1)"),
 }
+
+
+def test_the_machine_shows_a_counter_that_nobody_resets(machine, monkeypatch):
+    from fastres.kernels.triton import hopper_common as common
+
+    broken = _without(common.schedule.fn, "tiles // columns - 1", "tiles // columns")
+    monkeypatch.setattr(common.schedule, "fn", broken)
+    with pytest.raises(AssertionError, match="counter"):
+        check(machine, "hopper.conv_bn_act", CONVS["1x1"])
 
 
 @pytest.mark.parametrize(("old", "new"), BROKEN.values(), ids=BROKEN.keys())
