@@ -99,6 +99,8 @@ def unfit(problem: Problem, target: Target) -> str | None:
 
 def unfit_layer(spec: ConvSpec) -> str | None:
     """What no Hopper kernel of this project computes."""
+    if spec.n * max(spec.h * spec.w, spec.p * spec.q) >= 2**31:
+        return "more than 2^31 pixels: a TMA coordinate has 32 bits"
     if spec.groups != 1:
         return f"{spec.groups} groups: computes dense convolutions only"
     if spec.act.kind == "gelu":

@@ -62,6 +62,13 @@ def test_resident_weights_need_a_block_for_every_column_of_tiles(sms):
     assert bool(columns) == (sms >= 8)
 
 
+def test_coordinates_of_32_bits_bound_the_pixels():
+    candidate = REGISTRY["hopper.conv_bn_act"]
+    for images, taken in ((1 << 14, True), (1 << 15, False)):
+        reason = candidate.accepts(conv_problem(images, 8, 256, 256, 8, 1, BF16), H100)
+        assert (reason is None) if taken else "2^31 pixels" in reason
+
+
 def test_a_grid_without_blocks_is_refused():
     with pytest.raises(ValueError, match="grid: 0"):
         Call(None, 0, {}, {})
