@@ -91,6 +91,11 @@ BELIEFS = {
         expand_reduce(5, 128, 11, 13, 512, reduced=256),
         ChainConfig(2, 2, 1),
     ),
+    "a projection joins an accumulator, empty slots take a residual's place": (
+        "expand_reduce",
+        expand_reduce(3, 64, 11, 13, 256, projected=64),
+        ChainConfig(3, 4, 2),
+    ),
     "a view may start at a later swizzle atom": (
         "halo",
         conv_problem(2, 64, 21, 19, 64, 3, BF16),
@@ -116,6 +121,11 @@ BELIEFS = {
         "shifted_block",
         shifted_block(2, 19, 14, 128),
         ShiftedConfig(False, 4, 3),
+    ),
+    "a projected input has a place in the input's ring": (
+        "shifted_block",
+        shifted_block(2, 19, 14, 64, project=True),
+        ShiftedConfig(False, 5, 2),
     ),
     "pixels of an image go straight into the A operand": ("stem_pool", stem(2, 32, 28), StemConfig(3)),
 }
