@@ -30,6 +30,9 @@ FASTRES_BOTH constexpr int start_registers(int threads) { return 65536 / threads
 
 // --- TMA
 
+// What the L2 drops before and after everything else.
+enum class Eviction : int { kNormal, kFirst, kLast };
+
 struct alignas(64) TensorMap {
   unsigned char opaque[128];
 };

@@ -30,6 +30,7 @@ struct Sm90Conv {
   int tiles_k, tiles, clusters, cluster;
   int stages, slots, ticks;
   int halo_images, halo_rows;  // of the halo form: images side by side in a row of pixels, rows of a group of them
+  Eviction pixels_eviction, filters_eviction, out_eviction;  // out: the residual's too
   int by_tma;  // rows of k channels are whole 16 bytes: residual and output travel by TMA
   int act;
   float act_param;
@@ -170,6 +171,16 @@ inline bool takes_halo(const ConvShape& v, const ThroughputConv& t) {
          !t.second;
 }
 
+// Of tensors beyond the L2 nothing will be found there again: what is read or written once leaves first, and the filters
+// that every tile asks for leave last. Where tensors fit, the next layer finds them, and all are alike.
+inline void set_evictions(Sm90Conv& p, const ConvShape& v) {
+  constexpr int64_t kL2Bytes = int64_t{50} << 20;
+  const int64_t x = int64_t{2} * v.n * v.h * v.w * v.c, out = 2 * v.pixels() * v.k;
+  if (x > kL2Bytes && v.r == 1 && v.s == 1 && p.tiles_k == 1) p.pixels_eviction = Eviction::kFirst;
+  if (out > kL2Bytes) p.out_eviction = Eviction::kFirst;
+  if (x + out > 2 * kL2Bytes) p.filters_eviction = Eviction::kLast;
+}
+
 // Everything but maps and pointers.
 inline Sm90Conv sm90_conv_tiles(const ThroughputConv& t, int filters, int pixels, int cluster, int multiprocessors) {
   const ConvShape& v = t.conv.shape;
@@ -202,6 +213,7 @@ inline Sm90Conv sm90_conv_tiles(const ThroughputConv& t, int filters, int pixels
   p.tiles_k = static_cast<int>(ceil_div(v.k, filters));
   p.tiles = static_cast<int>(ceil_div(run, pixels * cluster)) * p.tiles_k;
   p.clusters = std::clamp(multiprocessors / cluster, 1, p.tiles);
+  set_evictions(p, v);
   // Shallow sums end often: more of the residual is asked for ahead.
   p.slots = t.conv.residual && p.steps <= 8 && !tile.halo() ? kMaxSlots : 2;
   p.stages = conv_stages(tile, p.slots);

@@ -95,6 +95,7 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
     if (lane == 0) ptx::barrier_arrive(b.box_empty(box));
   };
 
+  const ptx::Policy policy = ptx::make_policy(p.out_eviction);
   Ring ring, out, box;
   int last_slot = -1;
   for (;;) {
@@ -188,9 +189,9 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
           const uint32_t from = base + slots + out.slot * kChunkBytes;
           if constexpr (kHalo) {
             const auto place = HaloPlace::of(p, pixel);
-            ptx::store_box(&p.out, from, filter, 0, place.n, place.h);
+            ptx::store_box(&p.out, from, filter, 0, place.n, place.h, policy);
           } else {
-            ptx::store_box(&p.out, from, filter, pixel);
+            ptx::store_box(&p.out, from, filter, pixel, policy);
           }
           ptx::store_commit();
           ptx::store_wait_read<1>();

@@ -1,7 +1,7 @@
 // What sm90_conv_bn_act's loading warps do: tickets, operands, residuals; and the barriers by which they are heard.
 #pragma once
 
-#include "ptx_cluster.cuh"
+#include "ptx_l2.cuh"
 #include "sm90_conv.h"
 
 namespace fastres {
@@ -78,16 +78,16 @@ FASTRES_DEVICE void write_tickets(const Sm90Conv& p, uint32_t tickets, const Con
 // This block's share of a step's filters; in a cluster it goes to both blocks.
 template <int kFilters, int kPixels>
 FASTRES_DEVICE void load_filters(const Sm90Conv& p, uint32_t stage, uint32_t full, const ConvStep& at, int filter,
-                                 int rank) {
+                                 int rank, ptx::Policy policy) {
   ptx::barrier_arrive_expect(full, ConvTileShape{kFilters, kPixels}.stage_bytes());
   const TensorMap* map = at.source ? &p.second_weight : &p.weight;
   const int tap = at.r * p.source[at.source].s + at.s;
   if (p.cluster == 1) {
-    ptx::load_box(stage, map, full, at.c * kConvDepth, tap, filter);
+    ptx::load_box(stage, map, full, at.c * kConvDepth, tap, filter, policy);
   } else {
     constexpr int kShare = kFilters / 2;
     ptx::load_box_multicast(stage + rank * kShare * kSwizzleRow, map, full, at.c * kConvDepth, tap,
-                            filter + rank * kShare, 3);
+                            filter + rank * kShare, 3, policy);
   }
 }
 
@@ -95,10 +95,11 @@ template <int kFilters, int kPixels>
 FASTRES_DEVICE int load_filters_ahead(const Sm90Conv& p, uint32_t stages, const ConvBarriers& b, int rank) {
   const int ahead = p.steps < p.stages ? p.steps : p.stages;
   const auto tile = Sm90ConvTile::of(p, static_cast<int>(blockIdx.x) / p.cluster, rank, kFilters, kPixels);
+  const ptx::Policy policy = ptx::make_policy(p.filters_eviction);
   ConvStep at{};
   for (int i = 0; i < ahead; ++i, at.advance(p))
     load_filters<kFilters, kPixels>(p, stages + i * ConvTileShape{kFilters, kPixels}.stage_bytes(), b.full(i), at,
-                                    tile.first_filter, rank);
+                                    tile.first_filter, rank, policy);
   return ahead;
 }
 
@@ -107,6 +108,7 @@ FASTRES_DEVICE void load_operands(const Sm90Conv& p, uint32_t base, uint32_t sta
                                   Tickets tickets, int rank, int ahead) {
   constexpr ConvTileShape kTile{kFilters, kPixels};
   constexpr int kStageBytes = kTile.stage_bytes();
+  const ptx::Policy policy = ptx::make_policy(p.pixels_eviction), of_filters = ptx::make_policy(p.filters_eviction);
   Ring ring, box;
   for (;;) {
     const int tile = tickets.take(p);
@@ -121,7 +123,7 @@ FASTRES_DEVICE void load_operands(const Sm90Conv& p, uint32_t base, uint32_t sta
         --ahead;
       } else {
         ptx::barrier_wait(b.empty(ring.slot), ring.parity ^ 1);
-        load_filters<kFilters, kPixels>(p, stage, full, at, of.first_filter, rank);
+        load_filters<kFilters, kPixels>(p, stage, full, at, of.first_filter, rank, of_filters);
       }
       const uint32_t to = stage + kTile.filters_bytes();
       const TensorMap* map = at.source ? &p.second : &p.x;
@@ -132,14 +134,14 @@ FASTRES_DEVICE void load_operands(const Sm90Conv& p, uint32_t base, uint32_t sta
         ptx::barrier_wait(b.box_empty(box.slot), box.parity ^ 1);
         ptx::barrier_arrive_expect(b.box_full(box.slot), kTile.pixels_bytes());
         ptx::load_box(base + box.slot * kTile.pixels_bytes(), map, b.box_full(box.slot), at.c * kConvDepth, at.s - 1,
-                      place.n, place.h - 1);
+                      place.n, place.h - 1, policy);
         box.next(kHaloBoxes);
       } else if (source.plain) {
-        ptx::load_box(to, map, full, at.c * kConvDepth, of.first_pixel);
+        ptx::load_box(to, map, full, at.c * kConvDepth, of.first_pixel, policy);
       } else {
         if (at.r == 0 && at.s == 0 && at.c == 0) window = WindowStart::of(p, source, of.first_pixel);
         ptx::load_im2col(to, map, full, at.c * kConvDepth, window.w, window.h, window.n, at.s * source.dilation_w,
-                         at.r * source.dilation_h);
+                         at.r * source.dilation_h, policy);
       }
     }
   }
@@ -151,6 +153,7 @@ FASTRES_DEVICE void load_residuals(const Sm90Conv& p, uint32_t slots, const Conv
                                    int group) {
   constexpr ConvTileShape kTile{kFilters, kPixels};
   const bool loads = p.residual_rows && p.by_tma;
+  const ptx::Policy policy = ptx::make_policy(p.out_eviction);
   Ring ring;
   for (;;) {
     const int tile = tickets.take(p);
@@ -167,9 +170,9 @@ FASTRES_DEVICE void load_residuals(const Sm90Conv& p, uint32_t slots, const Conv
           ptx::barrier_arrive_expect(full, kTile.chunk_pixels() * kSwizzleRow);
           if constexpr (kTile.halo()) {
             const auto place = HaloPlace::of(p, pixel + n);
-            ptx::load_box(to, &p.residual, full, filter + m, 0, place.n, place.h);
+            ptx::load_box(to, &p.residual, full, filter + m, 0, place.n, place.h, policy);
           } else {
-            ptx::load_box(to, &p.residual, full, filter + m, pixel + n);
+            ptx::load_box(to, &p.residual, full, filter + m, pixel + n, policy);
           }
         } else {
           ptx::barrier_arrive(full);

@@ -7,7 +7,7 @@ from dataclasses import replace
 import emulated
 import pytest
 import torch
-from problems import network_problems, random_problems
+from problems import conv_problem, network_problems, random_problems
 
 from fastres.backends.cuda.conv_bn_act import merged_groups
 from fastres.backends.cuda.latency import best_box
@@ -162,3 +162,19 @@ _HALO_SHAPES = [
     (60, 8, 3, 1, 8),
     (9, 16, 5, 8, 24),
 ]
+
+
+def test_tensors_beyond_the_l2_are_streamed_and_their_filters_kept(c):
+    """(pixels, filters, outputs): 0 as all, 1 leave first, 2 leave last."""
+    wanted = {
+        (8, 64, 256, 1): (0, 0, 0),
+        (256, 256, 64, 1): (1, 2, 1),  # pixels are read once where one tile has all filters
+        (256, 64, 256, 1): (0, 2, 1),
+        (256, 64, 64, 3): (0, 2, 1),  # a tap reads what another one read
+        (256, 512, 16, 1): (1, 2, 0),
+    }
+    out = (ctypes.c_int * 3)()
+    for (n, channels, filters, size), evictions in wanted.items():
+        spec = conv_problem(n, channels, 56, 56, filters, size, torch.bfloat16)["conv"]
+        c.evictions_of(_numbers(spec), 128, 256, out)
+        assert tuple(out) == evictions, (n, channels, filters, size)

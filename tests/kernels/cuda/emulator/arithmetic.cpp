@@ -240,6 +240,14 @@ EXPORT long check_sm90_conv(const int* numbers, int second_c, int filters, int p
   return wrong;
 }
 
+EXPORT void evictions_of(const int* numbers, int filters, int pixels, int* out) {
+  ThroughputConv t{};
+  t.conv.shape = shape_of(numbers);
+  const Sm90Conv p = sm90_conv_tiles(t, filters, pixels, 2, 132);
+  const Eviction all[] = {p.pixels_eviction, p.filters_eviction, p.out_eviction};
+  for (int i = 0; i < 3; ++i) out[i] = static_cast<int>(all[i]);
+}
+
 // --- sm90_stem_pool
 
 // Every step's products, walked as the kernel does: a convolution row that completes holds each of its filter rows
