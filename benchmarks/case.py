@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.bench.verify import oracle
+from fastres.plan.problem import Problem
 
 # What a provider builds: called with the subject's inputs, returns the outputs.
 Call = Callable[..., object]
@@ -66,6 +67,7 @@ class Case:
         clock: "call" times whole calls, "kernel" on a GPU kernels alone (on a CPU as "call"), "host" the time
             until a call returns.
         make: builds the subject; only then is memory taken.
+        kernels: the problem that one kernel of any backend may solve, whose compilation is worth doing ahead.
     """
 
     level: str
@@ -79,6 +81,7 @@ class Case:
     model: str = ""
     count: int = 1
     clock: str = "kernel"
+    kernels: Problem | None = None
 
     @property
     def bytes(self) -> int:

@@ -17,8 +17,12 @@ from benchmarks.providers.base import Provider
 from benchmarks.results import Row
 from benchmarks.scope import Scope
 from benchmarks.trial import new_row
-from fastres import native
-from fastres.plan.problem import dtype_name
+from fastres import backends, native
+from fastres.ahead import Job, compile_ahead
+from fastres.plan.candidate import REGISTRY
+from fastres.plan.planner import table_cost
+from fastres.plan.problem import Target, dtype_name
+from fastres.plan.target import detect
 from fastres.workers import Worker
 
 # A provider that ended this many processes is not tried again.
@@ -173,6 +177,8 @@ def _serve(pipe: Connection, work: Work) -> None:
             # Once a machine, by a compiler that takes a minute: neither a hang nor anybody's first call.
             pipe.send(("step", engine.BUILDING))
             native.available("cuda" if work.scope.cuda else "cpu")
+            if work.scope.cuda and any(p.name.startswith("fastres") for p in work.providers(cases[index])):
+                compile_ahead(jobs_of(cases, detect(work.scope.device)), detect(work.scope.device))
             built = True
         try:
             rows = engine.measure(
@@ -186,3 +192,14 @@ def _serve(pipe: Connection, work: Work) -> None:
         except engine.DeviceLost as error:
             return pipe.send(("lost", str(error)))
         pipe.send(("rows", rows))
+
+
+def jobs_of(cases: list[Case], target: Target) -> list[Job]:
+    """What fastres's backends compile for the cases that are one kernel each, network-sized ones see to themselves."""
+    backends.load()
+    found = []
+    for problem in dict.fromkeys(case.kernels for case in cases if case.kernels is not None):
+        for candidate in REGISTRY.candidates.values():
+            if candidate.pattern.name == problem.pattern and candidate.accepts(problem, target) is None:
+                found.append(Job(candidate.name, problem, table_cost(candidate, problem, target).config))
+    return found

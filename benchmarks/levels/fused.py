@@ -159,4 +159,5 @@ def _case(
         [(problem.bytes, problem.flops)],
         make,
         model="resnet50",
+        kernels=problem,
     )

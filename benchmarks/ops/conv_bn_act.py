@@ -73,4 +73,5 @@ def case(
         model=model,
         count=layer.count,
         clock=clock,
+        kernels=problem if level == "layer" else None,
     )

@@ -18,7 +18,8 @@ from benchmarks.providers import BASELINE
 from benchmarks.providers.base import Provider
 from benchmarks.providers.eager import EagerChannelsLast, Folded
 from benchmarks.scope import scope
-from benchmarks.worker import MOST_DEATHS, Bench, Work
+from benchmarks.worker import MOST_DEATHS, Bench, Work, jobs_of
+from fastres.plan.target import on_paper
 
 
 class Crashes(Provider):
@@ -137,3 +138,16 @@ def test_only_the_wanted_rows_are_listed():
         for provider in work.providers(case)
     }
     assert found == {("model", 8, "torch.bfloat16", "folded"), ("model", 1, "torch.float32", BASELINE)}
+
+
+def test_single_kernels_are_compiled_ahead_for_every_backend_that_takes_them(tmp_path, monkeypatch):
+    """Listed without a GPU: what a run of the layers and fused patterns would compile one after another."""
+    monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
+    cases = Work(scope("quick", "cuda"), ("layer", "fused", "op")).cases()
+    found = jobs_of(cases, on_paper("sm90"))
+    assert {"triton", "hopper"} <= {job.candidate.partition(".")[0] for job in found}
+    assert {job.problem for job in found} == {case.kernels for case in cases} - {None}
+    assert len(found) == len(set(found)) and {case.level for case in cases if case.kernels} == {
+        "layer",
+        "fused",
+    }
