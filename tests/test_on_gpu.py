@@ -352,3 +352,17 @@ def test_the_first_call_finds_its_kernels_compiled_by_other_processes(tmp_path, 
         alike(fast(x), model(x))
     assert len(list(tmp_path.glob("*/*.cubin"))) >= 4
     assert len(hits) >= 4 and all(hit for _, hit in hits), hits
+
+
+def test_tuning_measures_kernels_of_every_family(tmp_path):
+    from fastres import backends
+    from fastres.plan.target import detect
+    from fastres.tuning.tune import problems_of, tune
+
+    missing, device = backends.load(), torch.device("cuda", torch.cuda.current_device())
+    problems = problems_of(small(), (2, 8, 12, 12), FP16)
+    results = tune(problems, detect(device), device, user=tmp_path, limit_s=60, jobs=2, budget_s=0.01)
+    measured = {result.candidate.partition(".")[0] for result in results if not result.reason}
+    reasons = [(result.candidate, result.reason) for result in results if result.reason]
+    assert {"cudnn", "triton", "cuda"} - missing.keys() <= measured, reasons
+    assert list(tmp_path.rglob("cuda.*.json"))
