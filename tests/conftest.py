@@ -58,9 +58,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_call(item: pytest.Item):
     """A GPU test that does not end takes its process with it: a hung kernel cannot be stopped otherwise. So does one
     after which CUDA answers nothing any more: the tests after it would all fail for it."""
-    if "gpu" not in item.keywords or not torch.cuda.is_available():
+    marker = item.get_closest_marker("gpu")
+    if marker is None or not torch.cuda.is_available():
         return (yield)
-    seconds = item.get_closest_marker("gpu").kwargs.get("seconds", GPU_TEST_S)
+    seconds = marker.kwargs.get("seconds", GPU_TEST_S)
     faulthandler.dump_traceback_later(seconds, exit=True, file=item.config.stash.get(_STDERR, 2))
     try:
         return (yield)
