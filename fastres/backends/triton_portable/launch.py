@@ -92,10 +92,13 @@ def _resident(compiled: Any, num_warps: int, device: torch.device) -> int:
     properties = torch.cuda.get_device_properties(device)
     threads = num_warps * properties.warp_size
     registers = max(compiled.n_regs, 1) * threads
+    # PyTorch names neither on every build for AMD, where a compute unit has 64 KB of shared memory.
+    shared = getattr(properties, "shared_memory_per_multiprocessor", 64 * 1024)
+    held = getattr(properties, "regs_per_multiprocessor", 65536)
     # Each block takes 1 KB of shared memory beside its own (CUDA programming guide, from capability 8.0).
     each_sm = min(
-        properties.shared_memory_per_multiprocessor // (compiled.metadata.shared + 1024),
-        properties.regs_per_multiprocessor // registers,
+        shared // (compiled.metadata.shared + 1024),
+        held // registers,
         properties.max_threads_per_multi_processor // threads,
     )
     return max(each_sm, 1) * properties.multi_processor_count

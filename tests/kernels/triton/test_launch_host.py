@@ -11,6 +11,7 @@ from problems import H100, conv_problem
 
 from fastres.backends import triton_ops
 from fastres.backends.triton_hopper.base import Call
+from fastres.backends.triton_portable.launch import _resident
 from fastres.plan.candidate import REGISTRY
 from fastres.plan.problem import ConvSpec
 from fastres.tuning.portable_config import conv_stats_config
@@ -67,6 +68,19 @@ def test_coordinates_of_32_bits_bound_the_pixels():
     for images, taken in ((1 << 14, True), (1 << 15, False)):
         reason = candidate.accepts(conv_problem(images, 8, 256, 256, 8, 1, BF16), H100)
         assert (reason is None) if taken else "2^31 pixels" in reason
+
+
+@pytest.mark.parametrize(
+    "known", [dict(shared_memory_per_multiprocessor=228 * 1024), {}], ids=["nvidia", "amd"]
+)
+def test_persistent_programs_are_counted_on_what_a_device_says_of_itself(known, monkeypatch):
+    """PyTorch for AMD does not say how much shared memory a compute unit has."""
+    said = SimpleNamespace(
+        warp_size=32, multi_processor_count=100, max_threads_per_multi_processor=2048, **known
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: said)
+    compiled = SimpleNamespace(n_regs=64, metadata=SimpleNamespace(shared=31 * 1024))
+    assert _resident(compiled, 4, torch.device("cuda", 0)) == (700 if known else 200)
 
 
 def test_a_grid_without_blocks_is_refused():
