@@ -219,6 +219,12 @@ def test_bn_act_backward(act, residual, dtype, layout):
         x, invstd, weight = args[1], args[5], args[6]
         sum_dy, sum_dy_xhat = channels(shape, dtype), channels(shape, dtype)
         cpu_ops.bn_act_backward_reduce(*args, sum_dy, sum_dy_xhat)
+        (written, check), alone = guarded(shape, dtype, layout=layout), (sum_dy.clone(), sum_dy_xhat.clone())
+        cpu_ops.bn_act_backward_reduce(*args, sum_dy, sum_dy_xhat, written)
+        check()
+        assert_close_to_oracle(written, dz, magnitude=near, k=2, what=f"dz of the sums {shape}")
+        for once, again in zip(alone, (sum_dy, sum_dy_xhat), strict=True):
+            assert_same_bits(once, again)
         dims, k = over_channel(x), max(1, x.numel() // shape[1])
         assert_close_to_oracle(sum_dy, dz.sum(dims), magnitude=near.sum(dims), k=k, what=f"sum_dy {shape}")
         assert_close_to_oracle(

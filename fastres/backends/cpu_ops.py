@@ -22,10 +22,16 @@ Tensor(b!)? running_var, float momentum, float eps, int count, Tensor(c!) invstd
 Tensor(e!) shift) -> ()
 bn_act(Tensor x, Tensor? residual, Tensor scale, Tensor shift, int act, float act_param, Tensor(a!) out) -> ()
 bn_act_backward_reduce(Tensor grad, Tensor x, Tensor? residual, Tensor? out, Tensor mean, Tensor invstd, \
-Tensor? weight, Tensor? bias, int act, float act_param, Tensor(a!) sum_dy, Tensor(b!) sum_dy_xhat) -> ()
+Tensor? weight, Tensor? bias, int act, float act_param, Tensor(a!) sum_dy, Tensor(b!) sum_dy_xhat, \
+Tensor(c!)? grad_residual) -> ()
 bn_act_backward(Tensor grad, Tensor x, Tensor? residual, Tensor? out, Tensor mean, Tensor invstd, \
 Tensor? weight, Tensor? bias, int act, float act_param, Tensor? mean_dy, Tensor? mean_dy_xhat, \
 Tensor(a!) grad_x, Tensor(b!)? grad_residual) -> ()
+bn_act_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, \
+Tensor(b!)? running_var, Tensor? mean, Tensor? var, bool training, float momentum, float eps, int act, \
+float act_param, Tensor(c!)? out) -> Tensor[]
+bn_act_gradients(Tensor grad, Tensor? x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, \
+Tensor invstd, Tensor? out, bool batch_stats, int act, float act_param, int wanted) -> Tensor[]
 max_pool2d(Tensor x, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, Tensor(a!) out) -> ()
 global_avg_pool(Tensor x, Tensor(a!) out) -> ()
 to_nhwc(Tensor x, Tensor(a!) out) -> ()
@@ -115,14 +121,15 @@ def bn_act_backward_reduce(
     act_param: float,
     sum_dy: Tensor,
     sum_dy_xhat: Tensor,
+    grad_residual: Tensor | None = None,
 ) -> None:
-    """Per channel sum_dy = sum(dz) and sum_dy_xhat = sum(dz * xhat).
+    """Per channel sum_dy = sum(dz) and sum_dy_xhat = sum(dz * xhat); grad_residual = dz if it is given.
 
     dz = grad * act'(z), z = xhat * weight + bias + residual, xhat = (x - mean) * invstd. For ReLU with `out`
     given, its mask is out > 0; otherwise z is computed again.
     """
     args = (grad, x, residual, out, mean, invstd, weight, bias, act, act_param, sum_dy, sum_dy_xhat)
-    _call(_ops.bn_act_backward_reduce.default, *args)
+    _call(_ops.bn_act_backward_reduce.default, *args, grad_residual)
 
 
 def bn_act_backward(
@@ -148,6 +155,19 @@ def bn_act_backward(
     """
     args = (grad, x, residual, out, mean, invstd, weight, bias, act, act_param, mean_dy, mean_dy_xhat)
     _call(_ops.bn_act_backward.default, *args, grad_x, grad_residual)
+
+
+# One call each way for all of bn_act, as they are: on small tensors every frame counts. The arguments are those of
+# the schemas above; [] is returned, and nothing written, where an argument is not as the passes take it or there are no
+# values.
+#
+# bn_act_forward, `bn_stats`, `bn_finalize` and `bn_act`: with `training` [out, mean, 1 / sqrt(var + eps)] of the batch
+# (more than one value a channel), else [out, 1 / sqrt(var + eps)] of the running statistics. What is given is not
+# returned: mean (with var: the batch's, known already) and `out`, which is written into and may be `x`.
+bn_act_forward = _ops.bn_act_forward.default
+# bn_act_gradients, `bn_act_backward_reduce` and `bn_act_backward`, as much of them as is needed: the gradients of x,
+# residual, weight and bias whose bits (1, 2, 4, 8) are in `wanted`.
+bn_act_gradients = _ops.bn_act_gradients.default
 
 
 def max_pool2d(

@@ -30,7 +30,7 @@ _SCHEMAS = (
     "bn_act(Tensor x, Tensor? residual, Tensor scale, Tensor shift, int act, float act_param, "
     "Tensor(a!) out) -> ()",
     f"bn_act_backward_reduce({_BACKWARD.format(x='')}, Tensor(c!) scratch, Tensor(a!) sum_dy, "
-    "Tensor(b!) sum_dy_xhat) -> ()",
+    "Tensor(b!) sum_dy_xhat, Tensor(d!)? grad_residual) -> ()",
     f"bn_act_backward({_BACKWARD.format(x='?')}, Tensor? mean_dy, Tensor? mean_dy_xhat, Tensor(a!) grad_x, "
     "Tensor(b!)? grad_residual) -> ()",
     "run_records(Tensor records, int device) -> ()",
@@ -162,10 +162,11 @@ def bn_act_backward_reduce(
     act_param: float,
     sum_dy: Tensor,
     sum_dy_xhat: Tensor,
+    grad_residual: Tensor | None = None,
 ) -> None:
-    """With dz = grad * act'(z): sum_dy = sum dz; sum_dy_xhat = sum dz * (x - mean) * invstd."""
+    """With dz = grad * act'(z): sum_dy = sum dz; sum_dy_xhat = sum dz * (x - mean) * invstd; grad_residual = dz."""
     shared = (grad, x, residual, out, mean, invstd, weight, bias, act, act_param)
-    _call(_ops.bn_act_backward_reduce, *shared, _reduce_scratch(grad), sum_dy, sum_dy_xhat)
+    _call(_ops.bn_act_backward_reduce, *shared, _reduce_scratch(grad), sum_dy, sum_dy_xhat, grad_residual)
 
 
 def bn_act_backward(

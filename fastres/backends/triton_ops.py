@@ -174,8 +174,10 @@ def bn_act_backward_reduce(
     act_param: float,
     sum_dy: Tensor,
     sum_dy_xhat: Tensor,
+    grad_residual: Tensor | None = None,
 ) -> None:
-    """sum_dy = sum dz, sum_dy_xhat = sum dz * xhat, with dz = grad * act'(z), xhat = (x - mean) * invstd."""
+    """sum_dy = sum dz, sum_dy_xhat = sum dz * xhat, with dz = grad * act'(z), xhat = (x - mean) * invstd;
+    grad_residual = dz."""
     s = _Shape(x)
     chunks, chunk = s.chunks()
     part = torch.empty((2, chunks, s.c), dtype=mean.dtype, device=x.device)
@@ -183,9 +185,9 @@ def bn_act_backward_reduce(
         _bn_act.bn_act_bwd_reduce_kernel,
         chunks * s.c_tiles,
         *(grad, x, _or(residual, x), _or(out, x), mean, invstd, _or(weight, mean), _or(bias, mean)),
-        *(part[0], part[1], s.m, s.c, s.hw, chunk),
+        *(part[0], part[1], _or(grad_residual, grad), s.m, s.c, s.hw, chunk),
         *(act, act_param, residual is not None, out is not None, weight is not None, bias is not None),
-        *(s.channels_last, s.wide, s.block_m, s.block_c),
+        *(grad_residual is not None, s.channels_last, s.wide, s.block_m, s.block_c),
     )
     programs, block_j, block_c = _merge(s.c, chunks)
     _launch(

@@ -20,23 +20,11 @@ import torch.nn.functional as F
 from torch import _C, Tensor
 
 from ..activation import KINDS, RELU, Activation, apply
-from . import primitives, torch_primitives
-from .library import counting_versions, register, unwatched, without_autocast
-from .statistics import mean_over, merge_over, statistics_of
+from . import bn_act_passes as passes
+from .library import counting_versions, register, unwatched
 from .tensors import IDENTITY as _IDENTITY
 from .tensors import RELU as _RELU
-from .tensors import (
-    activation,
-    channel_vector,
-    check_act,
-    check_channels,
-    check_float,
-    check_rank,
-    check_same,
-    dense,
-    like,
-    stat_dtype,
-)
+from .tensors import activation, dense, stat_dtype
 
 
 def bn_act(
@@ -85,13 +73,7 @@ def bn_act(
         mean, var = statistics or (None, None)
         name = group.group_name if group is not None and group.size() > 1 else ""
         tensors = (x, residual, weight, bias, running_mean, running_var, mean, var)
-        arguments = (*tensors, momentum, eps, act.code, act.param, name)
-        if not unwatched(*tensors):
-            return _train(*arguments)[0]
-        if not torch.is_autocast_enabled(x.device.type):
-            return _train_directly(*arguments)
-        with without_autocast():
-            return _train_directly(*_autocast(x.dtype, *arguments))
+        return _train(*tensors, momentum, eps, act.code, act.param, name)[0]
     if statistics is not None or group is not None:
         raise ValueError(
             "statistics, group: they belong to training, without it running_mean and running_var do"
@@ -101,162 +83,35 @@ def bn_act(
     return frozen(x, residual, weight, bias, running_mean, running_var, eps, act.code, act.param)
 
 
-def _check(x, residual, weight, bias, mean, var, act: int) -> None:
-    check_float("x", x)
-    check_rank("x", x, 2)
-    check_same("residual", residual, x)
-    channels = x.shape[1]
-    for name, t in (("weight", weight), ("bias", bias), ("running_mean", mean), ("running_var", var)):
-        check_channels(name, t, channels, x)
-    check_act(act)
+class _BNAct(torch.autograd.Function):
+    """`below(x, residual, weight, bias, *arguments)` gives (out, mean, invstd); constants: (whether these are the
+    batch's own, eps, act, act_param, group)."""
 
-
-def _check_train(
-    x, residual, weight, bias, running_mean, running_var, mean, var, act: int, group: str
-) -> None:
-    _check(x, residual, weight, bias, running_mean, running_var, act)
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean, running_var: give both or neither, got one")
-    for t in (mean, var):
-        check_channels("statistics", t, x.shape[1], x)
-    if x.numel() == x.shape[1] and not group:
-        raise ValueError(
-            f"x: expected more than 1 value per channel when training, got input size {tuple(x.shape)}"
-        )
-
-
-# --- the batch's own statistics
-
-
-def _train_impl(
-    x,
-    residual,
-    weight,
-    bias,
-    running_mean,
-    running_var,
-    mean,
-    var,
-    momentum: float,
-    eps: float,
-    act: int,
-    act_param: float,
-    group: str,
-):
-    _check_train(x, residual, weight, bias, running_mean, running_var, mean, var, act, group)
-    x = dense(x)
-    out = torch.empty_like(x)
-    saved_mean, invstd = (x.new_empty(x.shape[1], dtype=stat_dtype(x)) for _ in range(2))
-    count = x.numel() // x.shape[1] if x.shape[1] else 0
-    if count == 0 and not group:
-        return out, saved_mean.zero_(), invstd.zero_()
-    mean, var = statistics_of(x, count, mean, var, saved_mean)
-    finalize = primitives.get("bn_finalize", x)
-    if group:
-        mean, var, count = merge_over(group, mean, var, count)
-        finalize = torch_primitives.bn_finalize
-    if mean is not saved_mean:
-        saved_mean.copy_(mean)
-    weight, bias = channel_vector(weight, mean.dtype), channel_vector(bias, mean.dtype)
-    scale, shift = torch.empty_like(mean), torch.empty_like(mean)
-    finalize(mean, var, weight, bias, running_mean, running_var, momentum, eps, count, invstd, scale, shift)
-    if x.numel():
-        primitives.get("bn_act", x)(x, like(residual, x), scale, shift, act, act_param, out)
-    return out, saved_mean, invstd
-
-
-def _train_fake(
-    x, residual, weight, bias, running_mean, running_var, mean, var, momentum, eps, act, act_param, group
-):
-    _check_train(x, residual, weight, bias, running_mean, running_var, mean, var, act, group)
-    stat = x.new_empty(x.shape[1], dtype=stat_dtype(x))
-    return torch.empty_like(dense(x)), stat, torch.empty_like(stat)
-
-
-def _train_directly(*args) -> Tensor:
-    """The op without the dispatcher, see `unwatched`."""
-    if torch.is_grad_enabled() and _C._any_requires_grad(*args[:8]):
-        return _Train.apply(_train_now, *args)[0]
-    return _train_now(*args)[0]
-
-
-class _Train(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, below, *args):
-        x, residual, weight, bias, *_, eps, act, act_param, group = args
-        out, mean, invstd = below(*args)
-        ctx.mark_non_differentiable(mean, invstd)
-        # else every backward would fill two vectors with zeros for them
+    def forward(ctx, below, x, residual, weight, bias, arguments, constants):
+        out, mean, invstd = below(x, residual, weight, bias, *arguments)
         ctx.set_materialize_grads(False)
-        ctx.batch_stats, ctx.group = True, group
-        _save(ctx, x, residual, weight, bias, mean, invstd, out, eps, act, act_param)
-        return out, mean, invstd
-
-    @staticmethod
-    def backward(ctx, grad, _mean, _invstd):
-        if grad is None:
-            return (None,) * 14
-        return None, *_gradients(ctx, grad, ctx.needs_input_grad[1:5]), *[None] * 9
-
-
-# --- given statistics
-
-
-def scale_shift(weight, bias, mean, var, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x * scale + shift = (x - mean) * weight / sqrt(var + eps) + bias, in `dtype`."""
-    scale = torch.rsqrt(var.to(dtype) + eps)
-    if weight is not None:
-        scale = scale * weight.to(dtype)
-    shift = -mean.to(dtype) * scale
-    if bias is not None:
-        shift = shift + bias.to(dtype)
-    return scale, shift
-
-
-def _frozen_impl(x, residual, weight, bias, mean, var, eps: float, act: int, act_param: float):
-    _check(x, residual, weight, bias, mean, var, act)
-    x = dense(x)
-    out = torch.empty_like(x)
-    if x.numel():
-        scale, shift = scale_shift(weight, bias, mean, var, eps, stat_dtype(x))
-        primitives.get("bn_act", x)(x, like(residual, x), scale, shift, act, act_param, out)
-    return out
-
-
-def _frozen_fake(x, residual, weight, bias, mean, var, eps, act, act_param):
-    _check(x, residual, weight, bias, mean, var, act)
-    return torch.empty_like(dense(x))
-
-
-class _Frozen(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, below, x, residual, weight, bias, mean, var, eps, act, act_param):
-        if mean.requires_grad or var.requires_grad:
-            raise ValueError(
-                "running_mean, running_var: statistics are constants, they cannot require a gradient"
-            )
-        out = below(x, residual, weight, bias, mean, var, eps, act, act_param)
-        ctx.batch_stats, ctx.group = False, ""
-        _save(ctx, x, residual, weight, bias, mean, var, out, eps, act, act_param)
+        ctx.constants = constants
+        _save(ctx, x, residual, weight, bias, mean, invstd, out)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        return None, *_gradients(ctx, grad, ctx.needs_input_grad[1:5]), None, None, None, None, None
+        if grad is None:
+            return (None,) * 7
+        return None, *_gradients(ctx, grad, ctx.needs_input_grad[1:5]), None, None
 
 
-# --- backward of both
-
-
-def _save(ctx, x, residual, weight, bias, mean, spread, out, eps, act, act_param) -> None:
+def _save(ctx, x, residual, weight, bias, mean, invstd, out) -> None:
     """Keep what backward reads and no more.
 
-    `spread` is invstd of the batch, or the given variance. z is computed again where it costs no read beyond
-    that of x, so of ReLU without a residual too. With one, ReLU's mask is in the output, which the next layer
-    keeps anyway. A frozen normalisation with a constant weight is linear in dz: then x is not kept at all.
+    z is computed again where it costs no read beyond that of x, so of ReLU without a residual too. With one,
+    ReLU's mask is in the output, which the next layer keeps anyway. A frozen normalisation with a constant weight
+    is linear in dz: then x is not kept at all.
     """
+    batch_stats, _, act, _, _ = ctx.constants
     smooth = act not in (_RELU, _IDENTITY)
-    needs_x = ctx.batch_stats or smooth or ctx.needs_input_grad[3]
+    needs_x = batch_stats or smooth or ctx.needs_input_grad[3]
     recomputes = smooth or (act == _RELU and residual is None and needs_x)
     ctx.save_for_backward(
         x if needs_x else None,
@@ -264,42 +119,40 @@ def _save(ctx, x, residual, weight, bias, mean, spread, out, eps, act, act_param
         weight,
         bias if recomputes else None,
         mean,
-        spread,
+        invstd,
         out if act == _RELU and not recomputes else None,
     )
-    ctx.eps, ctx.act, ctx.act_param = eps, act, act_param
 
 
-def _gradients(ctx, grad: Tensor, wanted: tuple[bool, bool, bool, bool]) -> tuple[Tensor | None, ...]:
+def _gradients(ctx, grad: Tensor, wanted: tuple[bool, bool, bool, bool]) -> list[Tensor | None]:
     """Gradients of x, residual, weight, bias; None where not wanted."""
-    x, residual, weight, bias, mean, spread, out = ctx.saved_tensors
     if torch.is_grad_enabled():
         return _differentiable_gradients(ctx, grad, wanted)
-    invstd = spread if ctx.batch_stats else torch.rsqrt(spread.to(stat_dtype(grad)) + ctx.eps)
-    mean = mean if ctx.batch_stats else mean.to(invstd.dtype)
-    through = ctx.act == _IDENTITY and wanted[1]
-    mask = [wanted[0], wanted[1] and not through, wanted[2], wanted[3]]
-    constants = (ctx.batch_stats, ctx.act, ctx.act_param, ctx.group, mask)
-    tensors = (grad, x, residual, weight, bias, mean, invstd, out)
-    if unwatched(*tensors) and not torch.is_autocast_enabled(grad.device.type):
-        grads = _backward_impl(*tensors, *constants)
+    tensors = (grad, *ctx.saved_tensors)
+    batch_stats, _, act, act_param, group = ctx.constants
+    # With nothing behind the sum its gradient is the one that came.
+    through = act == _IDENTITY and wanted[1]
+    mask = (wanted[0], False, *wanted[2:]) if through else wanted
+    if unwatched(tensors):
+        grads = passes.gradients(*tensors, batch_stats, act, act_param, group, mask)
     else:
         with _C._AutoDispatchBelowAutograd():
-            grads = _backward(*tensors, *constants)
-    grads = [g if m else None for g, m in zip(grads, mask, strict=True)]
+            grads = _backward.op(*tensors, batch_stats, act, act_param, group, mask)
+        grads = [g if m else None for g, m in zip(grads, mask, strict=True)]
     if through:
         grads[1] = grad
     # Half-precision weights get fp32 gradients here: autograd casts them to the dtype of the input.
-    return tuple(grads)
+    return grads
 
 
-def _differentiable_gradients(ctx, grad: Tensor, wanted) -> tuple[Tensor | None, ...]:
+def _differentiable_gradients(ctx, grad: Tensor, wanted) -> list[Tensor | None]:
     """The same in PyTorch's differentiable arithmetic, for `create_graph=True`."""
-    if ctx.group:
+    batch_stats, eps, act, act_param, group = ctx.constants
+    if group:
         raise RuntimeError(
             "bn_act: a second derivative over the statistics of a process group is not supported"
         )
-    x, residual, weight, bias, mean, spread, out = ctx.saved_tensors
+    x, residual, weight, bias, mean, invstd, out = ctx.saved_tensors
     dtype = stat_dtype(grad)
     bias_wanted, grad = wanted[3], grad.to(dtype)
     leaf = x if x is not None else torch.zeros_like(grad)
@@ -309,68 +162,92 @@ def _differentiable_gradients(ctx, grad: Tensor, wanted) -> tuple[Tensor | None,
         weight.to(dtype) if weight is not None else None,
         bias.to(dtype) if bias is not None else None,
     )
-    if ctx.batch_stats:
-        z = F.batch_norm(leaf.to(dtype), None, None, *arguments, True, 0.0, ctx.eps)
+    if batch_stats:
+        z = F.batch_norm(leaf.to(dtype), None, None, *arguments, True, 0.0, eps)
     else:
-        z = F.batch_norm(leaf.to(dtype), mean.to(dtype), spread.to(dtype), *arguments, False, 0.0, ctx.eps)
+        scale, shift = passes.scale_shift(*arguments, mean, invstd)
+        column = (1, -1, *[1] * (leaf.dim() - 2))
+        z = leaf.to(dtype) * scale.view(column) + shift.view(column)
     dz = grad
     if out is not None:
         dz = torch.ops.aten.threshold_backward(grad, out, 0)
-    elif ctx.act != _IDENTITY:
+    elif act != _IDENTITY:
         total = z if residual is None else z + residual
-        (dz,) = torch.autograd.grad(
-            apply(total, KINDS[ctx.act], ctx.act_param), total, grad, create_graph=True
-        )
+        (dz,) = torch.autograd.grad(apply(total, KINDS[act], act_param), total, grad, create_graph=True)
     inputs = [leaf] + ([weight] if wanted[2] else [])
     grad_x, *grad_weight = torch.autograd.grad(z, inputs, dz, create_graph=True)
     grad_bias = dz.sum([d for d in range(dz.dim()) if d != 1]) if bias_wanted else None
-    return (
+    return [
         grad_x if wanted[0] else None,
         dz if wanted[1] else None,
         grad_weight[0] if wanted[2] else None,
         grad_bias,
-    )
+    ]
 
 
-def _backward_impl(
-    grad,
-    x,
-    residual,
-    weight,
-    bias,
-    mean,
-    invstd,
-    out,
-    batch_stats: bool,
-    act: int,
-    act_param: float,
-    group: str,
-    mask,
+def _train_impl(*args):
+    out, mean, invstd = passes.train(*args)
+    # results of an op may not be its arguments
+    return out, mean.clone() if mean is args[6] else mean, invstd
+
+
+def _train_fake(
+    x, residual, weight, bias, running_mean, running_var, mean, var, momentum, eps, act, act_param, group
 ):
-    wants_x, wants_residual, wants_weight, wants_bias = mask
-    # Without x (linear in dz) no kernel reads it: the gradient stands in.
-    layout = dense(next(t for t in (x, out, grad) if t is not None))
-    grad, out, residual = like(grad, layout), like(out, layout), like(residual, layout)
-    x = grad if x is None else layout
-    grad_x = torch.empty_like(x) if wants_x or wants_residual else None
-    grad_residual = torch.empty_like(x) if wants_residual else None
-    # Two tensors: results of an op may not share memory.
-    make = torch.empty_like if x.numel() else torch.zeros_like
-    sums = make(mean), make(mean)
-    shared = (grad, x, residual, out, mean, invstd)
-    shared += (channel_vector(weight, mean.dtype), channel_vector(bias, mean.dtype), act, act_param)
-    if x.numel() and ((wants_x and batch_stats) or wants_weight or wants_bias):
-        primitives.get("bn_act_backward_reduce", x)(*shared, *sums)
-    means = (None, None)
-    if wants_x and batch_stats:
-        means = mean_over(group, sums, x.numel() // max(x.shape[1], 1))
-    if x.numel() and grad_x is not None:
-        primitives.get("bn_act_backward", x)(*shared, *means, grad_x, grad_residual)
-    return (
-        grad_x if wants_x else x.new_empty(0),
-        grad_residual if wants_residual else x.new_empty(0),
-        sums[1] if wants_weight else mean.new_empty(0),
-        sums[0] if wants_bias else mean.new_empty(0),
+    passes.check_train(x, residual, weight, bias, running_mean, running_var, mean, var, act, group)
+    stat = x.new_empty(x.shape[1], dtype=stat_dtype(x))
+    return torch.empty_like(dense(x)), stat, torch.empty_like(stat)
+
+
+def _train_autograd(below, x, residual, weight, bias, *arguments):
+    statistics: list[Tensor] = []
+
+    def keeping(*args):
+        results = below(*args)
+        statistics.extend(results[1:])
+        return results
+
+    *_, eps, act, act_param, group = arguments
+    constants = (True, eps, act, act_param, group)
+    return _BNAct.apply(keeping, x, residual, weight, bias, arguments, constants), *statistics
+
+
+def _train_direct(_, x, residual, weight, bias, *arguments):
+    *_, eps, act, act_param, group = arguments
+    constants = (True, eps, act, act_param, group)
+    return (_BNAct.apply(_train_now, x, residual, weight, bias, arguments, constants),)
+
+
+def _frozen_impl(*args):
+    return passes.frozen(*args)[0]
+
+
+def _frozen_fake(x, residual, weight, bias, mean, var, eps, act, act_param):
+    passes.check(x, residual, weight, bias, mean, var, act)
+    return torch.empty_like(dense(x))
+
+
+def _frozen_autograd(below, x, residual, weight, bias, mean, var, eps, *rest):
+    def with_statistics(*args):
+        return below(*args), mean, passes.inverse_deviation(var, eps, stat_dtype(x))
+
+    return _frozen_direct(None, x, residual, weight, bias, mean, var, eps, *rest, below=with_statistics)
+
+
+def _frozen_direct(_, x, residual, weight, bias, mean, var, eps, act, act_param, *, below=passes.frozen):
+    if mean.requires_grad or var.requires_grad:
+        raise ValueError(
+            "running_mean, running_var: statistics are constants, they cannot require a gradient"
+        )
+    arguments, constants = (mean, var, eps, act, act_param), (False, eps, act, act_param, "")
+    return _BNAct.apply(below, x, residual, weight, bias, arguments, constants)
+
+
+def _backward_impl(grad, x, residual, weight, bias, mean, invstd, *constants):
+    grads = passes.gradients(grad, x, residual, weight, bias, mean, invstd, *constants)
+    return tuple(
+        like.new_empty(0) if g is None else g
+        for g, like in zip(grads, (grad, grad, invstd, invstd), strict=True)
     )
 
 
@@ -380,7 +257,7 @@ def _backward_fake(
     layout = dense(next(t for t in (x, out, grad) if t is not None))
     return (
         *(torch.empty_like(layout) if m else layout.new_empty(0) for m in mask[:2]),
-        *(torch.empty_like(mean) if m else mean.new_empty(0) for m in mask[2:]),
+        *(torch.empty_like(invstd) if m else invstd.new_empty(0) for m in mask[2:]),
     )
 
 
@@ -396,17 +273,19 @@ _train = register(
     "-> (Tensor, Tensor, Tensor)",
     _train_impl,
     _train_fake,
-    autograd=_Train.apply,
+    autograd=_train_autograd,
     autocast=_autocast,
+    direct=_train_direct,
 )
-_train_now = counting_versions(_train, _train_impl)
+_train_now = counting_versions(_train.op, passes.train)
 frozen = register(
     "bn_act_frozen(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, "
     "float eps, int act, float act_param) -> Tensor",
     _frozen_impl,
     _frozen_fake,
-    autograd=_Frozen.apply,
+    autograd=_frozen_autograd,
     autocast=_autocast,
+    direct=_frozen_direct,
 )
 _backward = register(
     "bn_act_backward(Tensor grad, Tensor? x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "

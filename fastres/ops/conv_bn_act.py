@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..activation import RELU, Activation
 from . import primitives
-from .bn_act import frozen, scale_shift
+from .bn_act import frozen
+from .bn_act_passes import inverse_deviation, scale_shift
 from .library import autocast_to, register
 from .tensors import IDENTITY as _IDENTITY
 from .tensors import RELU as _RELU
@@ -187,7 +188,7 @@ def _epilogue(out, conv_bias, bn_weight, bn_bias, mean, var, eps: float) -> tupl
     if mean is None:
         scale = torch.ones(out.shape[1], dtype=dtype, device=out.device)
         return scale, torch.zeros_like(scale) if conv_bias is None else conv_bias.to(dtype)
-    scale, shift = scale_shift(bn_weight, bn_bias, mean, var, eps, dtype)
+    scale, shift = scale_shift(bn_weight, bn_bias, mean, inverse_deviation(var, eps, dtype))
     return scale, shift if conv_bias is None else shift + scale * conv_bias.to(dtype)
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import _C
-from torch.autograd import forward_ad
+from torch.autograd import _profiler_enabled, forward_ad
 from torch.autograd.graph import increment_version as count_versions
 
 LIB = torch.library.Library("fastres", "FRAGMENT")
 _DEVICES = ("CPU", "CUDA")
-_ORDINARY = (torch.Tensor, torch.nn.Parameter)
+_TENSORS = frozenset((torch.Tensor, torch.nn.Parameter))
+_ORDINARY = _TENSORS | {type(None), bool, int, float, str, list, tuple}
 _AUTOCAST = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU) | _C.DispatchKeySet(_C.DispatchKey.AutocastCUDA)
 
 
@@ -23,8 +23,9 @@ def register(
     *,
     autograd: Callable | None = None,
     autocast: Callable | None = None,
-) -> torch._ops.OpOverload:
-    """Define `fastres::<schema>` and give it everything that PyTorch may ask of it.
+    direct: Callable | None = None,
+) -> Callable:
+    """Define `fastres::<schema>`, give it everything that PyTorch may ask of it, and return how it is called.
 
     Args:
         schema: name, arguments (all positional, none with a default) and results.
@@ -34,6 +35,11 @@ def register(
             autograd.
         autocast: `(dtype, *args) -> args` under `torch.autocast`; without it the op runs in its inputs'
             dtypes.
+        direct: what stands for `autograd` where `below` is `impl` itself; default `autograd`.
+
+    Returns:
+        The op as a function, which goes through the dispatcher only where somebody would see the difference (see
+        `unwatched`); its attribute `op` is the operator itself.
 
     Autograd stands on the Autograd dispatch key, so that `torch.ops.fastres.*` are differentiable too: that
     costs less a call than `torch.library.register_autograd` and lets the formula choose what it saves.
@@ -49,7 +55,30 @@ def register(
     if autocast is not None:
         for device in _DEVICES:
             LIB.impl(name, _on_autocast_key(op, autocast, device), f"Autocast{device}")
-    return op
+    return _caller(op, computes, direct or autograd, autocast)
+
+
+def _caller(
+    op: torch._ops.OpOverload, computes: Callable, direct: Callable | None, autocast: Callable | None
+):
+    def call(*args):
+        if not unwatched(args):
+            return op(*args)
+        if autocast is not None and _C._is_any_autocast_enabled():
+            device = args[0].device.type
+            if torch.is_autocast_enabled(device):
+                # Below autocast's dispatch key ops run in their inputs' dtypes.
+                with _C._ExcludeDispatchKeyGuard(_AUTOCAST):
+                    return below_autocast(*autocast(torch.get_autocast_dtype(device), *args))
+        return below_autocast(*args)
+
+    def below_autocast(*args):
+        if direct is not None and _C.is_grad_enabled() and _C._any_requires_grad(*args):
+            return direct(computes, *args)
+        return computes(*args)
+
+    call.op = op
+    return call
 
 
 def counting_versions(op: torch._ops.OpOverload, impl: Callable) -> Callable:
@@ -100,28 +129,28 @@ def _has_tangent(arg: object) -> bool:
     return isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None
 
 
-def unwatched(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+def unwatched(args: Sequence[object]) -> bool:
     """Whether an op may be computed without the dispatcher, because nobody would see the difference.
 
     The dispatcher enters Python twice a call, which costs about as much as all else that the host does.
     False for subclasses and meta tensors, under torch.compile, tracing, function transforms, dispatch and
     function modes, in forward-mode differentiation, and where a profiler wants the op's name. Autocast is the
-    caller's affair.
+    caller's affair. The first of `args` is a tensor, the others what operators take.
     """
-    if torch.compiler.is_compiling() or type(x) not in _ORDINARY or x.device.type not in ("cpu", "cuda"):
+    if torch.compiler.is_compiling():
         return False
-    if forward_ad._current_level >= 0:
-        return False
-    if _C._len_torch_dispatch_stack() or _C._len_torch_function_stack():
-        return False
-    if _C._functorch.peek_interpreter_stack() is not None or _C._get_tracing_state() is not None:
-        return False
-    return not torch.autograd._profiler_enabled() and all(t is None or type(t) in _ORDINARY for t in others)
-
-
-def without_autocast() -> contextlib.AbstractContextManager:
-    """Inside, ops run in their inputs' dtypes, as they do below autocast's dispatch key."""
-    return _C._ExcludeDispatchKeyGuard(_AUTOCAST)
+    x = args[0]
+    return (
+        _ORDINARY.issuperset(map(type, args))
+        and type(x) in _TENSORS
+        and (x.is_cpu or x.is_cuda)
+        and forward_ad._current_level < 0
+        and not _C._len_torch_dispatch_stack()
+        and not _C._len_torch_function_stack()
+        and _C._functorch.peek_interpreter_stack() is None
+        and _C._get_tracing_state() is None
+        and not _profiler_enabled()
+    )
 
 
 def autocast_to(dtype: torch.dtype, t: torch.Tensor | None) -> torch.Tensor | None:

@@ -29,6 +29,12 @@ NAMES = (
 # out is rounded. conv_stats_takes(x, weight, stride, padding, dilation, groups) -> bool: it can, and is believed
 # to be no slower than the convolution and bn_stats. Who has one has both.
 OPTIONAL = ("conv_stats", "conv_stats_takes")
+# All of bn_act in one call each way (see backends/cpu_ops.py), and the primitives that it stands for: it takes what
+# these take, and returns [] for everything else, having written nothing. Who has one has both.
+WHOLE = {
+    "bn_act_forward": ("bn_stats", "bn_finalize", "bn_act"),
+    "bn_act_gradients": ("bn_act_backward_reduce", "bn_act_backward"),
+}
 
 
 class Backend(NamedTuple):
@@ -55,10 +61,11 @@ BACKENDS = (
 
 def names_of_primitives() -> list[str]:
     """As FASTRES_BACKENDS may leave them out: "cuda.bn_act"."""
-    return [f"{backend.name}.{name}" for backend in BACKENDS[:-1] for name in (*NAMES, OPTIONAL[0])]
+    names = (*NAMES, OPTIONAL[0], *WHOLE)
+    return [f"{backend.name}.{name}" for backend in BACKENDS[:-1] for name in names]
 
 
-_found: dict[tuple[str, str, torch.dtype], tuple[Callable, ...]] = {}
+_found: dict[tuple[str, torch.device, torch.dtype], tuple[Callable, ...]] = {}
 _pinned: str | None = None
 
 
@@ -73,8 +80,9 @@ def candidates(name: str, device: str, dtype: torch.dtype) -> list[tuple[str, Ca
         if allowed is not None and backend.name not in (*allowed, "torch"):
             rows.append((backend.name, None, f"only {', '.join(allowed)} may be used"))
             continue
-        # who has conv_stats_takes has conv_stats
-        if excluded & {backend.name, f"{backend.name}.{name.removesuffix('_takes')}"}:
+        # who has conv_stats_takes has conv_stats; what runs the kernels of others goes with them
+        parts = (name.removesuffix("_takes"), *WHOLE.get(name, ()))
+        if excluded & {backend.name, *(f"{backend.name}.{part}" for part in parts)}:
             rows.append((backend.name, None, "FASTRES_BACKENDS leaves it out"))
             continue
         function, reason = _load(backend, name, dtype)
@@ -101,15 +109,17 @@ def _load(backend: Backend, name: str, dtype: torch.dtype) -> tuple[Callable | N
 
 def every(name: str, x: torch.Tensor) -> tuple[Callable, ...]:
     """The functions of all backends that compute the primitive `name` for tensors like `x`, best first."""
-    key = (name, x.device.type, x.dtype)
+    key = (name, x.device, x.dtype)
     if key not in _found:
-        _found[key] = tuple(f for _, f, _ in candidates(*key) if f is not None)
+        rows = candidates(name, x.device.type, x.dtype)
+        _found[key] = tuple(f for _, f, _ in rows if f is not None)
     return _found[key]
 
 
 def find(name: str, x: torch.Tensor) -> Callable | None:
     """The function that computes the primitive `name` for tensors like `x`, if there is one."""
-    return next(iter(every(name, x)), None)
+    functions = every(name, x)
+    return functions[0] if functions else None
 
 
 def get(name: str, x: torch.Tensor) -> Callable:

@@ -9,6 +9,7 @@ from ..activation import KINDS, Activation
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 RELU = KINDS.index("relu")
+RELU6 = KINDS.index("relu6")
 IDENTITY = KINDS.index("identity")
 
 

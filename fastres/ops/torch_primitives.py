@@ -144,9 +144,12 @@ def bn_act_backward_reduce(
     act_param: float,
     sum_dy: Tensor,
     sum_dy_xhat: Tensor,
+    grad_residual: Tensor | None = None,
 ) -> None:
-    """With dz = grad * act'(z): sum_dy = sum dz; sum_dy_xhat = sum dz * (x - mean) * invstd."""
+    """With dz = grad * act'(z): sum_dy = sum dz; sum_dy_xhat = sum dz * (x - mean) * invstd; grad_residual = dz."""
     dz = _dz(grad, x, residual, out, mean, invstd, weight, bias, act, act_param)
+    if grad_residual is not None:
+        grad_residual.copy_(dz)
     sum_dy.copy_(_sum(dz))
     sum_dy_xhat.copy_(_sum(dz * (x.to(mean.dtype) - _per_channel(mean, x))) * invstd)
 

@@ -1,5 +1,6 @@
 // out = act(x * scale[c] + shift[c] + residual)
 #include "activation.h"
+#include "bn.h"
 #include "channels.h"
 
 namespace fastres {
@@ -12,14 +13,21 @@ void bn_act(const Tensor& x, const Optional& residual, const Tensor& scale, cons
   check_channels(scale, d, "scale");
   check_channels(shift, d, "shift");
   check_like(out, x, d, "out");
-  FASTRES_CHECK(act >= 0 && act < kActivations, "act is ", act, ", it takes 0 to ", kActivations - 1);
+  check_act(act);
+  bn_act_pass(d, pointer(x), pointer(residual), pointer(scale), pointer(shift), act, act_param, pointer(out));
+}
+
+}  // namespace
+
+void bn_act_pass(const Dense& d, const void* x, const void* residual, const void* scale, const void* shift,
+                 int64_t act, double act_param, void* out) {
   dispatch(d.type, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
-    const T *px = data<T>(x), *pr = data<T>(residual);
-    T* po = mutable_data<T>(out);
+    const T *px = static_cast<const T*>(x), *pr = static_cast<const T*>(residual);
+    T* po = static_cast<T*>(out);
     ChannelTable<A, 2> table(d);
-    const A *k = data<A>(scale), *b = data<A>(shift);
+    const A *k = static_cast<const A*>(scale), *b = static_cast<const A*>(shift);
     for (int64_t c = 0; c < d.c; ++c) table.set(c, {k[c], b[c]});
     const A param = static_cast<A>(act_param);
     dispatch_activation(act, [&](auto code) {
@@ -31,8 +39,6 @@ void bn_act(const Tensor& x, const Optional& residual, const Tensor& scale, cons
     });
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_cpu, CPU, m) { m.impl("bn_act", TORCH_BOX(&bn_act)); }
 

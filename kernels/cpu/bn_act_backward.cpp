@@ -1,6 +1,8 @@
 // Gradients of act(xhat * weight + bias + residual), xhat = (x - mean) * invstd, in two passes: the sums over
-// a channel, then dx. dz = grad * act'(z); for ReLU its mask comes from `out` if that is given.
+// a channel, and dz if that is wanted; then dx. dz = grad * act'(z); for ReLU its mask comes from `out` if that
+// is given.
 #include "activation.h"
+#include "bn.h"
 #include "channels.h"
 #include "reduce.h"
 
@@ -12,6 +14,7 @@ constexpr int64_t kReluFromOut = kActivations;
 template <class T>
 struct Inputs {
   const T *grad, *x, *residual, *out;
+  T* dz_out;
   int64_t act;
   Acc<T> param;
 
@@ -35,44 +38,23 @@ struct Channel {
   A shift(int64_t c) const { return (bias ? bias[c] : A{0}) - mean[c] * scale(c); }
 };
 
-// What both passes take, checked.
-struct Arguments {
-  Dense d;
-  const Tensor &grad, &x;
-  const Optional &residual, &out;
-  const Tensor &mean, &invstd;
-  const Optional &weight, &bias;
-  int64_t act;
-  double param;
+template <class T>
+Inputs<T> inputs_of(const BnBackward& b, void* dz) {
+  const auto at = [](const void* p) { return static_cast<const T*>(p); };
+  return {at(b.grad), at(b.x), at(b.residual), at(b.out), static_cast<T*>(dz), b.act, static_cast<Acc<T>>(b.param)};
+}
 
-  void check() {
-    d = dense(grad, "grad");
-    check_like(x, grad, d, "x");
-    check_like(residual, grad, d, "residual");
-    check_like(out, grad, d, "out");
-    check_channels(mean, d, "mean");
-    check_channels(invstd, d, "invstd");
-    check_channels(weight, d, "weight");
-    check_channels(bias, d, "bias");
-    FASTRES_CHECK(act >= 0 && act < kActivations, "act is ", act, ", it takes 0 to ", kActivations - 1);
-  }
+template <class A>
+Channel<A> channel_of(const BnBackward& b) {
+  const auto at = [](const void* p) { return static_cast<const A*>(p); };
+  return {at(b.mean), at(b.invstd), at(b.weight), at(b.bias)};
+}
 
-  template <class T>
-  Inputs<T> inputs() const {
-    return {data<T>(grad), data<T>(x), data<T>(residual), data<T>(out), act, static_cast<Acc<T>>(param)};
-  }
-
-  template <class A>
-  Channel<A> channel() const {
-    return {data<A>(mean), data<A>(invstd), data<A>(weight), data<A>(bias)};
-  }
-
-  template <class F>
-  void dispatch_act(const F& f) const {
-    if (act == kRelu && out) return f(std::integral_constant<int64_t, kReluFromOut>{});
-    dispatch_activation(act, f);
-  }
-};
+template <class F>
+void dispatch_act(const BnBackward& b, const F& f) {
+  if (b.act == kRelu && b.out) return f(std::integral_constant<int64_t, kReluFromOut>{});
+  dispatch_activation(b.act, f);
+}
 
 // Of all channels: the sums of dz, and of dz * (x - mean).
 struct Sums {
@@ -80,12 +62,12 @@ struct Sums {
 };
 
 template <class T, int64_t kAct>
-void reduce_rows(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc<T>, 3>& table, Sums total) {
+void reduce_rows(const Dense& d, const Inputs<T>& in, const ChannelTable<Acc<T>, 3>& table, Sums total) {
   using A = Acc<T>;
   using V = Vec<A>;
   constexpr int W = kLanes<A>;
-  const int64_t channels = a.d.c, rows = a.d.rows();
-  const Chunks chunks = chunks_of(a.d, 3 * sizeof(T));
+  const int64_t channels = d.c, rows = d.rows();
+  const Chunks chunks = chunks_of(d, 3 * sizeof(T));
   const int64_t part = chunks.count * channels;
   auto partial = std::make_unique<double[]>(2 * part);
   const int64_t grain = std::max<int64_t>(1, kGrain / (chunks.rows * channels));
@@ -111,6 +93,7 @@ void reduce_rows(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc
               if (kAct == kReluFromOut) prefetch(in.out + next, u);
               const V value = lanes.load(in.x + i);
               const V dz = in.template dz<kAct>(i, lanes, value, scale[u], shift[u]);
+              if (in.dz_out) lanes.store(in.dz_out + i, dz);
               dy[u] += dz;
               dy_x[u] += dz * (value - mean[u]);
             }
@@ -130,12 +113,11 @@ void reduce_rows(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc
 }
 
 template <class T, int64_t kAct>
-void reduce_planes(const Arguments& a, const Inputs<T>& in, const ChannelTable<Acc<T>, 3>& table,
+void reduce_planes(const Dense& d, const Inputs<T>& in, const ChannelTable<Acc<T>, 3>& table,
                    Sums total) {
   using A = Acc<T>;
   using V = Vec<A>;
   constexpr int64_t kTile = 1024;
-  const Dense& d = a.d;
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, d.rows()));
   parallel_for(0, d.c, grain, [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
@@ -147,6 +129,7 @@ void reduce_planes(const Arguments& a, const Inputs<T>& in, const ChannelTable<A
           for_vectors<2, A>(to - from, [&](int u, int64_t j, auto lanes) {
             const V value = lanes.load(in.x + piece + j);
             const V dz = in.template dz<kAct>(piece + j, lanes, value, scale, shift);
+            if (in.dz_out) lanes.store(in.dz_out + piece + j, dz);
             dy[u] += keep<A>(dz, lanes);
             dy_x[u] += keep<A>(dz * (value - mean), lanes);
           });
@@ -158,28 +141,67 @@ void reduce_planes(const Arguments& a, const Inputs<T>& in, const ChannelTable<A
   });
 }
 
+BnBackward checked(const Tensor& grad, const Tensor& x, const Optional& residual, const Optional& out,
+                   const Tensor& mean, const Tensor& invstd, const Optional& weight, const Optional& bias,
+                   int64_t act, double act_param) {
+  const Dense d = dense(grad, "grad");
+  check_like(x, grad, d, "x");
+  check_like(residual, grad, d, "residual");
+  check_like(out, grad, d, "out");
+  check_channels(mean, d, "mean");
+  check_channels(invstd, d, "invstd");
+  check_channels(weight, d, "weight");
+  check_channels(bias, d, "bias");
+  check_act(act);
+  return {d,
+          pointer(grad), pointer(x), pointer(residual), pointer(out),
+          pointer(mean), pointer(invstd), pointer(weight), pointer(bias),
+          act, act_param};
+}
+
 void bn_act_backward_reduce(const Tensor& grad, const Tensor& x, const Optional& residual,
                             const Optional& out, const Tensor& mean, const Tensor& invstd,
                             const Optional& weight, const Optional& bias, int64_t act, double act_param,
-                            const Tensor& sum_dy, const Tensor& sum_dy_xhat) {
-  Arguments a{{}, grad, x, residual, out, mean, invstd, weight, bias, act, act_param};
-  a.check();
-  check_channels(sum_dy, a.d, "sum_dy");
-  check_channels(sum_dy_xhat, a.d, "sum_dy_xhat");
-  if (a.d.c == 0) return;
-  dispatch(a.d.type, [&](auto t) {
+                            const Tensor& sum_dy, const Tensor& sum_dy_xhat, const Optional& grad_residual) {
+  const BnBackward b = checked(grad, x, residual, out, mean, invstd, weight, bias, act, act_param);
+  check_channels(sum_dy, b.d, "sum_dy");
+  check_channels(sum_dy_xhat, b.d, "sum_dy_xhat");
+  check_like(grad_residual, grad, b.d, "grad_residual");
+  bn_reduce_pass(b, pointer(sum_dy), pointer(sum_dy_xhat), pointer(grad_residual));
+}
+
+void bn_act_backward(const Tensor& grad, const Tensor& x, const Optional& residual, const Optional& out,
+                     const Tensor& mean, const Tensor& invstd, const Optional& weight, const Optional& bias,
+                     int64_t act, double act_param, const Optional& mean_dy, const Optional& mean_dy_xhat,
+                     const Tensor& grad_x, const Optional& grad_residual) {
+  const BnBackward b = checked(grad, x, residual, out, mean, invstd, weight, bias, act, act_param);
+  check_channels(mean_dy, b.d, "mean_dy");
+  check_channels(mean_dy_xhat, b.d, "mean_dy_xhat");
+  check_like(grad_x, grad, b.d, "grad_x");
+  check_like(grad_residual, grad, b.d, "grad_residual");
+  FASTRES_CHECK(mean_dy.has_value() == mean_dy_xhat.has_value(),
+                "mean_dy and mean_dy_xhat go together, one is None");
+  bn_dx_pass(b, pointer(mean_dy), pointer(mean_dy_xhat), pointer(grad_x), pointer(grad_residual));
+}
+
+}  // namespace
+
+void bn_reduce_pass(const BnBackward& b, void* sum_dy, void* sum_dy_xhat, void* dz) {
+  const Dense& d = b.d;
+  if (d.c == 0) return;
+  dispatch(d.type, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
-    ChannelTable<A, 3> table(a.d);
-    const Channel<A> k = a.channel<A>();
-    for (int64_t c = 0; c < a.d.c; ++c) table.set(c, {k.mean[c], k.scale(c), k.shift(c)});
-    auto sums = std::make_unique<double[]>(2 * a.d.c);
-    const Sums total{sums.get(), sums.get() + a.d.c};
-    a.dispatch_act([&](auto code) {
-      (a.d.nhwc ? reduce_rows<T, code()> : reduce_planes<T, code()>)(a, a.inputs<T>(), table, total);
+    ChannelTable<A, 3> table(d);
+    const Channel<A> k = channel_of<A>(b);
+    for (int64_t c = 0; c < d.c; ++c) table.set(c, {k.mean[c], k.scale(c), k.shift(c)});
+    auto sums = std::make_unique<double[]>(2 * d.c);
+    const Sums total{sums.get(), sums.get() + d.c};
+    dispatch_act(b, [&](auto code) {
+      (d.nhwc ? reduce_rows<T, code()> : reduce_planes<T, code()>)(d, inputs_of<T>(b, dz), table, total);
     });
-    A *dy = mutable_data<A>(sum_dy), *dy_xhat = mutable_data<A>(sum_dy_xhat);
-    for (int64_t c = 0; c < a.d.c; ++c) {
+    A *dy = static_cast<A*>(sum_dy), *dy_xhat = static_cast<A*>(sum_dy_xhat);
+    for (int64_t c = 0; c < d.c; ++c) {
       dy[c] = static_cast<A>(total.dy[c]);
       dy_xhat[c] = static_cast<A>(total.dy_x[c] * k.invstd[c]);
     }
@@ -187,44 +209,32 @@ void bn_act_backward_reduce(const Tensor& grad, const Tensor& x, const Optional&
 }
 
 // dx = scale * (dz - mean_dy - xhat * mean_dy_xhat); without means (constant statistics) scale * dz.
-void bn_act_backward(const Tensor& grad, const Tensor& x, const Optional& residual, const Optional& out,
-                     const Tensor& mean, const Tensor& invstd, const Optional& weight, const Optional& bias,
-                     int64_t act, double act_param, const Optional& mean_dy, const Optional& mean_dy_xhat,
-                     const Tensor& grad_x, const Optional& grad_residual) {
-  Arguments a{{}, grad, x, residual, out, mean, invstd, weight, bias, act, act_param};
-  a.check();
-  check_channels(mean_dy, a.d, "mean_dy");
-  check_channels(mean_dy_xhat, a.d, "mean_dy_xhat");
-  check_like(grad_x, grad, a.d, "grad_x");
-  check_like(grad_residual, grad, a.d, "grad_residual");
-  FASTRES_CHECK(mean_dy.has_value() == mean_dy_xhat.has_value(),
-                "mean_dy and mean_dy_xhat go together, one is None");
-  dispatch(a.d.type, [&](auto t) {
+void bn_dx_pass(const BnBackward& b, const void* mean_dy, const void* mean_dy_xhat, void* grad_x, void* dz) {
+  const Dense& d = b.d;
+  dispatch(d.type, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
-    ChannelTable<A, 5> table(a.d);
-    const Channel<A> channel = a.channel<A>();
-    const A *dy = data<A>(mean_dy), *dy_xhat = data<A>(mean_dy_xhat);
-    for (int64_t c = 0; c < a.d.c; ++c) {
+    ChannelTable<A, 5> table(d);
+    const Channel<A> channel = channel_of<A>(b);
+    const A *dy = static_cast<const A*>(mean_dy), *dy_xhat = static_cast<const A*>(mean_dy_xhat);
+    for (int64_t c = 0; c < d.c; ++c) {
       table.set(c, {channel.mean[c], channel.scale(c), channel.shift(c), dy ? dy[c] : A{0},
                     dy ? dy_xhat[c] * channel.invstd[c] : A{0}});
     }
-    const Inputs<T> in = a.inputs<T>();
-    T *gx = mutable_data<T>(grad_x), *gr = mutable_data<T>(grad_residual);
-    const bool centred = mean_dy.has_value();
-    a.dispatch_act([&](auto code) {
-      map_channels<T>(a.d, table, [=](int64_t i, const auto& k, auto lanes) {
+    const Inputs<T> in = inputs_of<T>(b, dz);
+    T* gx = static_cast<T*>(grad_x);
+    const bool centred = mean_dy != nullptr;
+    dispatch_act(b, [&](auto code) {
+      map_channels<T>(d, table, [=](int64_t i, const auto& k, auto lanes) {
         Vec<A> value = {};
         if (centred || (code() != kIdentity && code() != kReluFromOut)) value = lanes.load(in.x + i);
         const Vec<A> dz = in.template dz<code()>(i, lanes, value, k[1], k[2]);
-        if (gr) lanes.store(gr + i, dz);
+        if (in.dz_out) lanes.store(in.dz_out + i, dz);
         lanes.store(gx + i, centred ? k[1] * ((dz - k[3]) - (value - k[0]) * k[4]) : k[1] * dz);
       });
     });
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_cpu, CPU, m) {
   m.impl("bn_act_backward_reduce", TORCH_BOX(&bn_act_backward_reduce));

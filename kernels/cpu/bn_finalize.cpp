@@ -2,7 +2,7 @@
 // scale = weight * invstd, shift = bias - mean * scale, and the running statistics.
 #include <cmath>
 
-#include "tensor.h"
+#include "bn.h"
 
 namespace fastres {
 namespace {
@@ -53,19 +53,28 @@ void bn_finalize(const Tensor& mean, const Tensor& var, const Optional& weight, 
     FASTRES_CHECK_TYPE((*t)->scalar_type() == running, "running_var is ", name_of((*t)->scalar_type()),
                        ", expected ", name_of(running));
   }
-  const double unbiased = static_cast<double>(count) / static_cast<double>(count - 1);
-  const auto run = [&](auto a, auto r) {
-    using A = decltype(a);
-    using R = decltype(r);
-    finalize<A, R>({data<A>(mean), data<A>(var), data<A>(weight), data<A>(bias), mutable_data<R>(running_mean),
-                    mutable_data<R>(running_var), mutable_data<A>(invstd), mutable_data<A>(scale),
-                    mutable_data<A>(shift)},
-                   d.c, static_cast<A>(momentum), static_cast<A>(eps), static_cast<A>(unbiased));
-  };
-  dispatch(running, [&](auto r) { d.type == ScalarType::Double ? run(double{}, r) : run(float{}, r); });
+  bn_finalize_pass(d.type, d.c,
+                   {pointer(mean), pointer(var), pointer(weight), pointer(bias), pointer(running_mean),
+                    pointer(running_var), running, momentum, eps, count, pointer(invstd), pointer(scale),
+                    pointer(shift)});
 }
 
 }  // namespace
+
+void bn_finalize_pass(ScalarType type, int64_t channels, const BnFinalize& p) {
+  const double unbiased = static_cast<double>(p.count) / static_cast<double>(p.count - 1);
+  const auto run = [&](auto a, auto r) {
+    using A = decltype(a);
+    using R = decltype(r);
+    const auto in = [](const void* v) { return static_cast<const A*>(v); };
+    const auto out = [](void* v) { return static_cast<A*>(v); };
+    const auto running = [](void* v) { return static_cast<R*>(v); };
+    finalize<A, R>({in(p.mean), in(p.var), in(p.weight), in(p.bias), running(p.running_mean),
+                    running(p.running_var), out(p.invstd), out(p.scale), out(p.shift)},
+                   channels, static_cast<A>(p.momentum), static_cast<A>(p.eps), static_cast<A>(unbiased));
+  };
+  dispatch(p.running, [&](auto r) { type == ScalarType::Double ? run(double{}, r) : run(float{}, r); });
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_cpu, CPU, m) { m.impl("bn_finalize", TORCH_BOX(&bn_finalize)); }
 

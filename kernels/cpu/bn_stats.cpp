@@ -2,6 +2,7 @@
 // (the first one from its own mean, for which it is read twice); tiles and chunks are merged by Chan, Golub
 // and LeVeque (1983), in fp64. However far a tile's mean is from that of those before it, the error of its
 // sum of squares is small against what this distance itself adds to the whole.
+#include "bn.h"
 #include "reduce.h"
 
 namespace fastres {
@@ -147,15 +148,20 @@ void bn_stats(const Tensor& x, const Tensor& mean, const Tensor& var) {
   check_channels(mean, d, "mean");
   check_channels(var, d, "var");
   FASTRES_CHECK(d.c == 0 || d.rows() > 0, "x has no values per channel, its shape is ", shape_of(x.sizes()));
+  bn_stats_pass(d, pointer(x), pointer(mean), pointer(var));
+}
+
+}  // namespace
+
+void bn_stats_pass(const Dense& d, const void* x, void* mean, void* var) {
   if (d.c == 0) return;
   dispatch(d.type, [&](auto t) {
     using T = decltype(t);
     using A = Acc<T>;
-    (d.nhwc ? stats_rows<T> : stats_planes<T>)(data<T>(x), d, mutable_data<A>(mean), mutable_data<A>(var));
+    (d.nhwc ? stats_rows<T> : stats_planes<T>)(static_cast<const T*>(x), d, static_cast<A*>(mean),
+                                               static_cast<A*>(var));
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastres_cpu, CPU, m) { m.impl("bn_stats", TORCH_BOX(&bn_stats)); }
 

@@ -135,21 +135,16 @@ inline void check_channels(const Optional& t, const Dense& d, const char* name) 
   if (t) check_channels(*t, d, name);
 }
 
+inline void* pointer(const Tensor& t) { return t.data_ptr(); }
+inline void* pointer(const Optional& t) { return t ? t->data_ptr() : nullptr; }
+
 template <class T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.data_ptr());
 }
 template <class T>
-const T* data(const Optional& t) {
-  return t ? data<T>(*t) : nullptr;
-}
-template <class T>
 T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
-}
-template <class T>
-T* mutable_data(const Optional& t) {
-  return t ? mutable_data<T>(*t) : nullptr;
 }
 
 // f(T{}) with the element type.

@@ -1,4 +1,5 @@
-// The reducing passes: mean and variance of every channel, and the two sums of the backward pass.
+// The reducing passes: mean and variance of every channel, and the two sums of the backward pass, which also writes dz,
+// the gradient of the residual, where that is asked for.
 //
 // Two stages, every sum in an order that depends on the shape alone: the same bits every time, on every GPU. Variance
 // by Welford's recurrence in each thread, then merged pairwise (Chan, Golub, LeVeque 1983): no cancellation where the
@@ -82,14 +83,17 @@ __global__ void __launch_bounds__(kBnThreads) bn_reduce_kernel(const __grid_cons
         const Pack<T, V> grad = load<T, V>(static_cast<const T*>(p.grad) + offset);
         const Pack<T, V> out = load_if<T, V>(p.saved_out, reads_out(p), offset);
         const Pack<T, V> residual = load_if<T, V>(p.residual, reads_residual(p), offset);
+        Pack<T, V> dr;
 #pragma unroll
         for (int j = 0; j < V; ++j) {
           const A value = widen(x.v[j]);
           const A dz = slope_times<kGeneral, A>(p, widen(grad.v[j]), value, widen(residual.v[j]), widen(out.v[j]),
                                                 b[j]);
+          dr.v[j] = narrow<T>(dz);
           item[j].dy += dz;
           item[j].dy_x += dz * (value - b[j].mean);
         }
+        if (p.grad_residual) store<T, V>(static_cast<T*>(p.grad_residual) + offset, dr);
       }
     }
   }

@@ -124,15 +124,17 @@ BnAct backward_view(const Tensor& grad, const Dense& d, const Optional& x, const
 void bn_act_backward_reduce(const Tensor& grad, const Tensor& x, const Optional& residual, const Optional& out,
                             const Tensor& mean, const Tensor& invstd, const Optional& weight, const Optional& bias,
                             int64_t act, double act_param, const Tensor& scratch, const Tensor& sum_dy,
-                            const Tensor& sum_dy_xhat) {
+                            const Tensor& sum_dy_xhat, const Optional& grad_residual) {
   const Dense d = dense(grad, "grad");
   BnAct p = backward_view(grad, d, x, residual, out, mean, invstd, weight, bias, act, act_param);
   check_channels(sum_dy, grad, d.c, "sum_dy");
   check_channels(sum_dy_xhat, grad, d.c, "sum_dy_xhat");
+  check_like(grad_residual, grad, d, "grad_residual");
   FASTRES_CHECK(grad.numel() > 0, "grad is empty");
   check_scratch(scratch, grad, bn_reduce_scratch(d.n * d.s, d.c, d.type), "scratch");
   p.partial = pointer(scratch);
   p.result0 = pointer(sum_dy), p.result1 = pointer(sum_dy_xhat);
+  p.grad_residual = pointer(grad_residual);
   run_now(bn_reduce_record(p, d.type, BnPass::kBackwardReduce), grad);
   run_now(bn_reduce_record(p, d.type, BnPass::kBackwardReduceFinish), grad);
 }

@@ -240,6 +240,7 @@ def bn_act_bwd_reduce_kernel(
     bias,
     part_dy,  # [chunks, C]
     part_dy_xhat,
+    grad_residual,
     M,
     C,
     HW,
@@ -250,12 +251,13 @@ def bn_act_bwd_reduce_kernel(
     HAS_OUT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_GRAD_RESIDUAL: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Sums of dz and dz * xhat over a chunk of rows."""
+    """Sums of dz and dz * xhat over a chunk of rows; grad_residual = dz."""
     c_tiles = tl.cdiv(C, BLOCK_C)
     i_chunk = tl.program_id(0) // c_tiles
     o_c = (tl.program_id(0) % c_tiles) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -273,6 +275,8 @@ def bn_act_bwd_reduce_kernel(
         o = _offsets(o_m, o_c, C, HW, CHANNELS_LAST)
         xhat = (tl.load(x + o, mask=m, other=0.0).to(ACC) - b_mean) * b_invstd
         dz = _grad_z(grad, xhat, residual, out, o, m, b_weight, b_bias, ACT, ACT_PARAM, HAS_RESIDUAL, HAS_OUT)
+        if HAS_GRAD_RESIDUAL:
+            tl.store(grad_residual + o, dz.to(grad_residual.dtype.element_ty), mask=m)
         sum_dy += dz
         sum_dy_xhat += tl.where(m, dz * xhat, 0.0)
     o_part = i_chunk * C + o_c

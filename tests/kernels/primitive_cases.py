@@ -22,7 +22,7 @@ _PASSES = {
     "bn_stats": 1,
     "bn_finalize": 0,
     "bn_act": 3,
-    "bn_act_backward_reduce": 3,
+    "bn_act_backward_reduce": 4,
     "bn_act_backward": 5,
     "conv_stats": 1.25,
     "conv_stats 3x3": 0.5,
@@ -110,7 +110,7 @@ def _call(case: str, given: dict[str, Tensor]) -> tuple[tuple, list[Tensor]]:
         case "bn_act":
             return (t["x"], t["residual"], t["scale"], t["shift"], 1, 0.0, big), [big]
         case "bn_act_backward_reduce":
-            return (*backward, one, two), [one, two]
+            return (*backward, one, two, big), [one, two, big]
         case "bn_act_backward":
             return (*backward, t["sum"], t["sum2"], big, big2), [big, big2]
         case "conv_stats":

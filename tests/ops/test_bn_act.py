@@ -5,13 +5,16 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_close_to_oracle, assert_same_bits
 
-from fastres import ops
+from fastres import native, ops
 from fastres.activation import KINDS, Activation
+from fastres.backends import cpu_ops
+from fastres.ops import primitives
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 5, 7, 9), (4, 16, 8, 8), (3, 1, 1, 1), (2, 4096, 1, 1), (6, 3), (2, 4, 6), (2, 3, 2, 3, 4)]
 ACTS = [Activation(kind, 0.1 if kind == "leaky_relu" else 0.0) for kind in KINDS]
 EPS, MOMENTUM = 1e-5, 0.3
+WHOLE = list(primitives.WHOLE)
 
 
 def channels_last(x):
@@ -140,6 +143,109 @@ def test_variance_survives_a_mean_that_dwarfs_it(backend):
     mean, var = torch.zeros(3), torch.ones(3)
     ops.bn_act(x, mean, var, training=True, momentum=1.0, act="identity")
     torch.testing.assert_close(var.double(), x.double().var([0, 2, 3]), rtol=1e-5, atol=0)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    """The names of the C++ functions that are called, in order."""
+    if reason := native.available("cpu"):
+        pytest.skip(f"no C++ kernels: {reason}")
+    calls = []
+
+    def recording(name, function):
+        def recorded(*args):
+            calls.append(name)
+            return function(*args)
+
+        return recorded
+
+    for name in (*primitives.NAMES, *WHOLE):
+        monkeypatch.setattr(cpu_ops, name, recording(name, getattr(cpu_ops, name)))
+    with primitives.pinned("cpu"):
+        yield calls
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_each_way_is_one_call(kernel_calls, training):
+    """On small tensors calls are what costs."""
+    for dtype, layout in ((torch.float32, "nhwc"), (torch.bfloat16, "nchw")):
+        case = Case((2, 8, 3, 3), dtype, layout)
+        case.run(lambda x, m, v, w, b, r: ops.bn_act(x, m, v, w, b, training, residual=r))
+        assert kernel_calls == WHOLE
+        kernel_calls.clear()
+
+
+def test_what_the_whole_call_does_not_take_is_converted_and_taken(kernel_calls):
+    case = Case((2, 8, 3, 3), torch.float32, "nhwc")
+    case.residual, case.grad = case.residual.contiguous(), case.grad.contiguous()
+    case.weight = case.weight.half()
+    case.run(lambda x, m, v, w, b, r: ops.bn_act(x, m, v, w, b, True, residual=r))
+    assert kernel_calls == [name for name in WHOLE for _ in range(2)]
+
+
+@pytest.mark.parametrize("act", ["relu", "relu6", "silu", "identity"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_whole_call_and_its_passes_give_the_same_bits(kernel_calls, monkeypatch, dtype, act):
+    cases = [
+        Case((4, 20, 7, 5), dtype, layout, residual) for layout in ("nchw", "nhwc") for residual in (1, 0)
+    ]
+
+    def step(x, mean, var, weight, bias, residual):
+        return ops.bn_act(x, mean, var, weight, bias, True, residual=residual, act=act)
+
+    whole = [case.run(step) for case in cases]
+    assert kernel_calls == WHOLE * len(cases)
+    kernel_calls.clear()
+    find = primitives.find
+    monkeypatch.setattr(primitives, "find", lambda name, x: None if name in WHOLE else find(name, x))
+    for case, want in zip(cases, whole, strict=True):
+        for name, value in case.run(step).items():
+            assert_same_bits(value, want[name], name)
+    passes = ["bn_stats", "bn_finalize", "bn_act", "bn_act_backward_reduce", "bn_act_backward"]
+    assert kernel_calls == passes * len(cases)
+
+
+@pytest.mark.parametrize(
+    ("act", "dtype", "once"),
+    [("relu", torch.bfloat16, True), ("silu", torch.bfloat16, False), ("silu", torch.float32, True)],
+)
+def test_second_pass_reads_dz_where_it_lost_nothing(kernel_calls, monkeypatch, act, dtype, once):
+    """With a residual the sums' pass writes dz, and the second one reads that and x: 7 passes over memory, not 8."""
+    seen, original, find = [], cpu_ops.bn_act_backward, primitives.find
+
+    def recorded(*args):
+        seen.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(cpu_ops, "bn_act_backward", recorded)
+    monkeypatch.setattr(primitives, "find", lambda name, x: None if name in WHOLE else find(name, x))
+    case = Case((2, 8, 3, 3), dtype)
+    case.run(lambda x, m, v, w, b, r: ops.bn_act(x, m, v, w, b, True, residual=r, act=act))
+    ((_, _, residual, out, *_, code, _, _, _, _, grad_residual),) = seen
+    assert (residual is None and out is None and code == 0 and grad_residual is None) == once
+
+
+@pytest.mark.parametrize("wanted", ["", "x"])
+def test_frozen_statistics_of_channels_last_vectors_keep_their_strides(backend, wanted):
+    """Only images and volumes have a channels_last: rows of channels in another order are copied."""
+    x = torch.randn(2, 7, 5).transpose(1, 2).requires_grad_(bool(wanted))
+    out = ops.bn_act(x, torch.zeros(5), torch.ones(5), training=True)
+    assert out.is_contiguous()
+
+
+def test_autocast_changes_no_bit(backend):
+    case = Case((2, 8, 3, 3), torch.bfloat16, "nhwc")
+    case.weight = case.weight.half()
+
+    def step(x, mean, var, weight, bias, residual):
+        return ops.bn_act(x, mean, var, weight, bias, True, residual=residual)
+
+    def below_autocast(*args):
+        with torch.autocast("cpu", torch.bfloat16):
+            return step(*args)
+
+    for one, other in zip(case.run(step).values(), case.run(below_autocast).values(), strict=True):
+        assert_same_bits(one, other)
 
 
 def test_two_runs_give_the_same_bits(backend):

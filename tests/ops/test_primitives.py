@@ -17,13 +17,14 @@ def test_every_primitive_has_pytorchs_arithmetic_as_its_last_candidate():
             assert all((function is None) != (reason is None) for _, function, reason in rows)
 
 
-def test_a_backend_with_one_optional_primitive_has_all_of_them():
+def test_a_backend_with_one_of_a_pair_of_optional_primitives_has_both():
     for backend in primitives.BACKENDS:
         try:
             module = importlib.import_module(backend.module)
         except ImportError:
             continue
-        assert len({hasattr(module, name) for name in primitives.OPTIONAL}) == 1, backend.name
+        for pair in (primitives.OPTIONAL, primitives.WHOLE):
+            assert len({hasattr(module, name) for name in pair}) == 1, (backend.name, pair)
 
 
 def test_a_pinned_backend_computes_and_the_others_say_why_not():
@@ -44,6 +45,11 @@ def test_the_environment_restricts_automatic_choice(monkeypatch):
         monkeypatch.setenv("FASTRES_BACKENDS", value)
         cpu, own = primitives.candidates("bn_act", "cpu", torch.float32)
         assert cpu == ("cpu", None, "FASTRES_BACKENDS leaves it out") and own[0] == "torch"
+        # what runs it goes with it
+        assert primitives.candidates("bn_act_forward", "cpu", torch.float32)[0] == cpu
+        assert (primitives.candidates("bn_act_gradients", "cpu", torch.float32)[0][2] is None) == (
+            "bn_act" in value
+        )
         assert (primitives.candidates("add_relu", "cpu", torch.float32)[0][2] is None) == ("bn_act" in value)
 
 

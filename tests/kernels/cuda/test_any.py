@@ -167,6 +167,10 @@ def test_bn_act_backward_equals_fp64(shape, dtype, layout, batch_stats, device):
         sums = [torch.full((c,), float("nan"), dtype=stat, device=device) for _ in "ab"]
         sums64 = [torch.empty(c, **statistic) for _ in "ab"]
         ops.bn_act_backward_reduce(*head, act, 0.1, *sums)
+        dz, check_dz = _empty_like(x, layout)
+        writing = [torch.full((c,), float("nan"), dtype=stat, device=device) for _ in "ab"]
+        ops.bn_act_backward_reduce(*head, act, 0.1, *writing, dz)
+        check_dz()
         torch_primitives.bn_act_backward_reduce(*wide, act, 0.1, *sums64)
         dims = [d for d in range(x.dim()) if d != 1]
         per = (1, -1, *[1] * (x.dim() - 2))
@@ -178,10 +182,11 @@ def test_bn_act_backward_equals_fp64(shape, dtype, layout, batch_stats, device):
             size = size * (1 + z + residual.double().abs())
         xhat = ((x.double() - mean.double().view(per)) * invstd.double().view(per)).abs()
         k = x.numel() // c
-        assert_close_to_oracle(sums[0], sums64[0], magnitude=size.sum(dims), k=k, c=4, what="sum_dy")
-        assert_close_to_oracle(
-            sums[1], sums64[1], magnitude=(size * xhat).sum(dims), k=k, c=4, what="sum_dy_xhat"
-        )
+        for sum_dy, sum_dy_xhat in (sums, writing):
+            assert_close_to_oracle(sum_dy, sums64[0], magnitude=size.sum(dims), k=k, c=4, what="sum_dy")
+            assert_close_to_oracle(
+                sum_dy_xhat, sums64[1], magnitude=(size * xhat).sum(dims), k=k, c=4, what="sum_dy_xhat"
+            )
 
         (dx, check_dx), (dr, check_dr) = _empty_like(x, layout), _empty_like(x, layout)
         ops.bn_act_backward(*head, act, 0.1, *means, dx, dr)
@@ -193,6 +198,7 @@ def test_bn_act_backward_equals_fp64(shape, dtype, layout, batch_stats, device):
         span = size + (1 + xhat) * sum(m.abs().view(per) for m in means64) if batch_stats else size
         span = span * (weight * invstd).double().abs().view(per)
         assert_close_to_oracle(dr, dr64, magnitude=size, c=4, what=f"grad_residual {KINDS[act]}")
+        assert_close_to_oracle(dz, dr64, magnitude=size, c=4, what=f"dz of the sums {KINDS[act]}")
         assert_close_to_oracle(dx, dx64, magnitude=span, c=4, what=f"grad_x {KINDS[act]}")
 
 

@@ -149,7 +149,7 @@ def test_training_primitives(capability, monkeypatch):
         triton_ops.bn_finalize(*statistics, 0.1, 1e-5, 64 * 14 * 14, *(channels() for _ in range(3)))
         triton_ops.bn_act(x, residual, channels(), channels(), 1, 0.0, out)
         common = (grad, x, residual, out, *(channels() for _ in range(4)), 1, 0.0)
-        triton_ops.bn_act_backward_reduce(*common, channels(), channels())
+        triton_ops.bn_act_backward_reduce(*common, channels(), channels(), residual)
         triton_ops.bn_act_backward(*common, channels(), channels(), out, residual)
         for kernel, args in recorded:
             compiled = compile_for(

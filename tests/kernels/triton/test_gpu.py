@@ -112,9 +112,11 @@ def test_training_primitives(shape, dtype, layout):
         scale = weight * invstd
         triton_ops.bn_act(x, residual, scale, bias - mean * scale, 1, 0.0, out)
         common = (grad, x, residual, out, mean, invstd, weight, bias, 1, 0.0)
-        triton_ops.bn_act_backward_reduce(*common, sum_dy, sum_dy_xhat)
+        triton_ops.bn_act_backward_reduce(*common, sum_dy, sum_dy_xhat, grad_residual)
         count = x.numel() // shape[1]
-        triton_ops.bn_act_backward(*common, sum_dy / count, sum_dy_xhat / count, grad_x, grad_residual)
+        # as bn_act does: the second pass has dz in place of its gradient, and nothing but x beside it
+        second = (grad_residual, x, None, None, mean, invstd, weight, bias, 0, 0.0)
+        triton_ops.bn_act_backward(*second, sum_dy / count, sum_dy_xhat / count, grad_x, None)
         return [t.clone() for t in (out, grad_x, grad_residual, sum_dy, sum_dy_xhat)]
 
     def reference(kind):
