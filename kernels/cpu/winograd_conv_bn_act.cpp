@@ -2,9 +2,9 @@
 // and Gray, 2016, "Fast algorithms for convolutional neural networks"): 16 products make the 4 outputs that
 // take 36 directly.
 //
-// A block of tiles stays in the L2 cache from its input transform over 16 matrix products to its outputs. An
-// output depends on its own 3x3 window alone, as in direct convolution, and all transforms of whole numbers
-// are exact.
+// A block of tiles goes from its input transform over 16 matrix products to its outputs in memory of the
+// thread's own, which up to 128 channels stays in a 1 MB L2 cache. An output depends on its own 3x3 window
+// alone, as in direct convolution, and all transforms of whole numbers are exact.
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -215,12 +215,10 @@ inline V in_register(V v) {
 
 // out[M, N vectors] (+)= a[M, depth] b[depth, N vectors]
 template <int M, int N>
-void multiply(const float* a, int64_t stride, const float* b, int64_t depth, const float* ahead, float* out,
-              bool add) {
+void multiply(const float* a, int64_t stride, const float* b, int64_t depth, float* out, bool add) {
   V sum[M][N] = {};
   for (int64_t i = 0; i < depth; ++i, b += N * W) {
     V right[N];
-    __builtin_prefetch(ahead + i * 16, 0, 2);
     for (int n = 0; n < N; ++n) right[n] = in_register(load(b + n * W));
     for (int m = 0; m < M; ++m) {
       const V left = splat(a[m * stride + i]);
@@ -235,15 +233,15 @@ void multiply(const float* a, int64_t stride, const float* b, int64_t depth, con
 }
 
 template <int N>
-void multiply(int64_t m, const float* a, int64_t stride, const float* b, int64_t depth, const float* ahead,
-              float* out, bool add) {
+void multiply(int64_t m, const float* a, int64_t stride, const float* b, int64_t depth, float* out,
+              bool add) {
   switch (m) {
-    case 1: return multiply<1, N>(a, stride, b, depth, ahead, out, add);
-    case 2: return multiply<2, N>(a, stride, b, depth, ahead, out, add);
-    case 3: return multiply<3, N>(a, stride, b, depth, ahead, out, add);
-    case 4: return multiply<4, N>(a, stride, b, depth, ahead, out, add);
-    case 5: return multiply<5, N>(a, stride, b, depth, ahead, out, add);
-    default: return multiply<kTall, N>(a, stride, b, depth, ahead, out, add);
+    case 1: return multiply<1, N>(a, stride, b, depth, out, add);
+    case 2: return multiply<2, N>(a, stride, b, depth, out, add);
+    case 3: return multiply<3, N>(a, stride, b, depth, out, add);
+    case 4: return multiply<4, N>(a, stride, b, depth, out, add);
+    case 5: return multiply<5, N>(a, stride, b, depth, out, add);
+    default: return multiply<kTall, N>(a, stride, b, depth, out, add);
   }
 }
 
@@ -257,7 +255,6 @@ void multiply_points(const float* weights, int64_t c, int64_t tiles, const Scrat
         multiply<N>(std::min<int64_t>(kTall, tiles - t),
                     scratch.inputs + p * scratch.point + t * scratch.row + from, scratch.row,
                     weights + (p * c + from) * N * W, depth,
-                    weights + (p * c + from + depth) * N * W + t / kTall * depth * 16,
                     scratch.products + p * scratch.product + t * N * W, from > 0);
     }
 }
@@ -314,13 +311,12 @@ struct Epilogue {
 struct Cut {
   int64_t tiles, blocks, groups;
   Cut(const Shape& s, const Packing& packing, int64_t threads) {
-    // A block's transformed inputs and products leave room for weights in a 1 MB L2 cache; with fewer than 24
-    // tiles the weights would be read too often, with more than 48 nothing is gained (Zen 4).
-    constexpr int64_t kFloats = 160 * 1024;
-    const int64_t most = std::clamp<int64_t>(kFloats / (kPoints * (s.c + kWide * W)), 24, 48),
-                  all = s.tiles();
+    // Fewer would read the weights too often; more gain nothing (Zen 4, 64 to 512 channels, 24 to 96 tiles
+    // tried).
+    constexpr int64_t kMost = 8 * kTall;
+    const int64_t all = s.tiles();
     const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-    blocks = up(all, most);
+    blocks = up(all, kMost);
     groups = 1;
     if (blocks >= threads) {
       blocks = round_up(blocks, threads);
