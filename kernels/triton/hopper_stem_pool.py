@@ -81,8 +81,23 @@ def halves(v):
 
 
 @gluon.jit
+def lane_pairs(k):
+    """0 … 3: which pairs of elements 2t, 2t + 1 of k [16] are a lane's. What depends on them takes one register."""
+    return gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, gl.reshape(k, (2, 4, 2)).type.layout)))
+
+
+@gluon.jit
+def for_elements(even, odd, k, A: gl.constexpr):
+    """[16]: `even` and `odd` [4], of a lane's pairs, in turns."""
+    k3 = gl.reshape(k, (2, 4, 2))
+    even = gl.expand_dims(gl.expand_dims(even, 0), 2)
+    odd = gl.expand_dims(gl.expand_dims(odd, 0), 2)
+    return gl.convert_layout(gl.reshape(gl.where(k3 % 2 == 0, even, odd), (16,)), gl.SliceLayout(0, A))
+
+
+@gluon.jit
 def load_step(
-    row, p, e0, k, k8, norm, i: gl.constexpr, ODD: gl.constexpr, H: gl.constexpr, W: gl.constexpr,
+    row, p, e0, m8, k, k8, norm, i: gl.constexpr, ODD: gl.constexpr, H: gl.constexpr, W: gl.constexpr,
     PLANAR: gl.constexpr, NORMALIZE: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """A operand [64, 16] of step i: two groups of 8 elements; group g is number g % 3 of filter row g // 3
@@ -100,7 +115,8 @@ def load_step(
     gb: gl.constexpr = (2 * i + 1) % 3
     h = 2 * p - 3
     e = gl.expand_dims(e0, 1) + gl.expand_dims(k + k8 * (ALONG * (gb - ga) - 8) + (ALONG * ga + AT), 0)
-    offset = gl.expand_dims(k8 * ((rb - ra) * LINE + STEP * (gb - ga) - 8) + (ra * LINE + STEP * ga + AT), 0)
+    offset = gl.expand_dims(k8 * ((rb - ra) * LINE + STEP * (gb - ga)) + (ra * LINE + STEP * ga + AT), 0)
+    offset = offset + gl.expand_dims(m8 * (32 if PLANAR else 96), 1)
     inside = (e >= 0) & (e < LINE)
     if rb == ra:
         inside = inside & ((h + ra >= 0) & (h + ra < H))
@@ -113,8 +129,8 @@ def load_step(
         a = gl.load(row + offset, mask=inside, other=0).to(gl.float32)
         factor = gl.where(k8 == 0, norm[2 * ga], norm[2 * gb])
         shift = gl.where(k8 == 0, norm[2 * ga + 1], norm[2 * gb + 1])
-        a = a * gl.expand_dims(factor, 0) + gl.where(inside, gl.expand_dims(shift, 0), 0.0)
-        a = a.to(dtype)
+        a = (a * gl.expand_dims(factor, 0) + gl.expand_dims(shift, 0)).to(dtype)
+        a = gl.where(inside, a, 0.0).to(dtype)
     else:
         a = gl.load(row + offset, mask=inside, other=0.0)
     if rb == 7:
@@ -124,13 +140,13 @@ def load_step(
 
 @gluon.jit
 def products(
-    acc, row, p, e0, k, k8, norm, w_buf, FIRST: gl.constexpr, LAST: gl.constexpr, ODD: gl.constexpr,
+    acc, row, p, e0, m8, k, k8, norm, w_buf, FIRST: gl.constexpr, LAST: gl.constexpr, ODD: gl.constexpr,
     H: gl.constexpr, W: gl.constexpr, PLANAR: gl.constexpr, NORMALIZE: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """acc + the steps [FIRST, LAST) of the reduction."""
     loaded = ()
     for i in gl.static_range(FIRST, LAST):
-        loaded = loaded + (load_step(row, p, e0, k, k8, norm, i, ODD, H, W, PLANAR, NORMALIZE, dtype),)  # noqa: RUF005
+        loaded = loaded + (load_step(row, p, e0, m8, k, k8, norm, i, ODD, H, W, PLANAR, NORMALIZE, dtype),)  # noqa: RUF005
     a = ()
     for i in gl.static_range(LAST - FIRST):
         a = a + (pin(loaded[i]),)  # noqa: RUF005
@@ -142,30 +158,31 @@ def products(
 
 @gluon.jit
 def conv_columns(
-    row, p, e0, k, k8, norm, w_buf, ODD: gl.constexpr, H: gl.constexpr, W: gl.constexpr, PLANAR: gl.constexpr,
+    row, p, e0, m8, k, k8, norm, w_buf, ODD: gl.constexpr, H: gl.constexpr, W: gl.constexpr, PLANAR: gl.constexpr,
     NORMALIZE: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """Convolution row p at the even (or ODD) columns of the 64 pooled ones: [64, 64]."""
     acc = gl.zeros((64, 64), gl.float32, ACC)
     if NORMALIZE:
-        # It takes registers: with all steps at once they spill (64 bytes; so up to 32, Triton 3.6 and 3.8).
-        acc = products(acc, row, p, e0, k, k8, norm, w_buf, 0, 4, ODD, H, W, PLANAR, NORMALIZE, dtype)
-        acc = products(acc, row, p, e0, k, k8, norm, w_buf, 4, 8, ODD, H, W, PLANAR, NORMALIZE, dtype)
-        acc = products(acc, row, p, e0, k, k8, norm, w_buf, 8, STEPS, ODD, H, W, PLANAR, NORMALIZE, dtype)
+        # It takes registers: with all steps at once, and on Triton 3.6 with four, they spill.
+        acc = products(acc, row, p, e0, m8, k, k8, norm, w_buf, 0, 3, ODD, H, W, PLANAR, NORMALIZE, dtype)
+        acc = products(acc, row, p, e0, m8, k, k8, norm, w_buf, 3, 6, ODD, H, W, PLANAR, NORMALIZE, dtype)
+        acc = products(acc, row, p, e0, m8, k, k8, norm, w_buf, 6, 9, ODD, H, W, PLANAR, NORMALIZE, dtype)
+        acc = products(acc, row, p, e0, m8, k, k8, norm, w_buf, 9, STEPS, ODD, H, W, PLANAR, NORMALIZE, dtype)
     else:
-        acc = products(acc, row, p, e0, k, k8, norm, w_buf, 0, STEPS, ODD, H, W, PLANAR, NORMALIZE, dtype)
+        acc = products(acc, row, p, e0, m8, k, k8, norm, w_buf, 0, STEPS, ODD, H, W, PLANAR, NORMALIZE, dtype)
     return acc
 
 
 @gluon.jit
 def conv_row(
-    x, p, e0, k, k8, norm, w_buf, H: gl.constexpr, W: gl.constexpr, PLANAR: gl.constexpr,
+    x, p, e0, m8, k, k8, norm, w_buf, H: gl.constexpr, W: gl.constexpr, PLANAR: gl.constexpr,
     NORMALIZE: gl.constexpr, ACC: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     """Convolution row p plus shift, in 16 bits: even columns, odd columns."""
     row = x + (2 * p - 3) * (W if PLANAR else 3 * W)
-    even = conv_columns(row, p, e0, k, k8, norm, w_buf, 0, H, W, PLANAR, NORMALIZE, ACC, dtype)
-    odd = conv_columns(row, p, e0, k, k8, norm, w_buf, 1, H, W, PLANAR, NORMALIZE, ACC, dtype)
+    even = conv_columns(row, p, e0, m8, k, k8, norm, w_buf, 0, H, W, PLANAR, NORMALIZE, ACC, dtype)
+    odd = conv_columns(row, p, e0, m8, k, k8, norm, w_buf, 1, H, W, PLANAR, NORMALIZE, ACC, dtype)
     return even.to(dtype), odd.to(dtype)
 
 
@@ -204,18 +221,30 @@ def stem_pool_kernel(
     k = gl.arange(0, 16, gl.SliceLayout(0, A))
     k8 = k // 8
     pixels = left + (m // 16) * 14 + (m % 16) - 1
+    # Rows 8 to 15 of a warp and elements 8 to 15 lie a constant after the others: one base serves a thread.
+    m8 = m % 16 // 8
     if PLANAR:
         e0 = pixels * 4 - 4
+        first = e0 - m8 * 32
     else:
         e0 = pixels * 12 - 10
+        first = e0 - m8 * 96
     norms = ()
-    for g in gl.static_range(3):
-        if NORMALIZE:
-            # The channel of element k of group g: element 1 of group 0 is tap 0's first.
-            channel = k * 0 + g if PLANAR else (k % 8 + 8 * g + 2) % 3
-            norms = norms + (gl.load(norm + channel), gl.load(norm + 3 + channel))  # noqa: RUF005
+    if NORMALIZE:
+        # (factor, offset) of the three channels, as seen from a lane's pairs of elements 2t, 2t + 1: NHWC, number i is
+        # that of channel (2t + i) % 3, and element 1 of a filter row is tap 0's first; group g begins with 2g + 2.
+        pair = 2 * lane_pairs(k)
+        seen = ()
+        for i in gl.static_range(3):
+            channel = pair * 0 + i if PLANAR else (pair + i) % 3
+            seen = seen + (gl.load(norm + channel), gl.load(norm + 3 + channel))  # noqa: RUF005
+        for g in gl.static_range(3):
+            for i in gl.static_range(2):
+                even = seen[2 * (g if PLANAR else (2 * g + 2) % 3) + i]
+                odd = seen[2 * (g if PLANAR else (2 * g + 3) % 3) + i]
+                norms = norms + (for_elements(even, odd, k, A),)  # noqa: RUF005
     image = x + n.to(gl.int64) * (H * W * 3)
-    window = image + (gl.expand_dims(e0, 1) + gl.expand_dims(k, 0))
+    window = image + (gl.expand_dims(first, 1) + gl.expand_dims(k - k8 * 8, 0))
     # The odd column beside pooled column 0 is convolution column -1: padding. So is the last one where the
     # number of columns is odd.
     o_c = gl.arange(0, 64, gl.SliceLayout(1, ACC))
@@ -229,15 +258,19 @@ def stem_pool_kernel(
     kept = gl.expand_dims((o_m % 16 >= 1) & (o_m % 16 <= 14) & (pw < PW), 1)
     lowest = gl.full((64, 64), float("-inf"), dtype, ACC)
     zero = gl.full((64, 64), 0.0, dtype, ACC)
-    even, odd = conv_row(window, 2 * top - 1, e0, k, k8, norms, w_buf, H, W, PLANAR, NORMALIZE, ACC, dtype)
+    even, odd = conv_row(
+        window, 2 * top - 1, e0, m8, k, k8, norms, w_buf, H, W, PLANAR, NORMALIZE, ACC, dtype
+    )
     if top == 0:
         even = lowest
         odd = lowest
     for ph in range(top, bottom):
-        e, o = conv_row(window, 2 * ph, e0, k, k8, norms, w_buf, H, W, PLANAR, NORMALIZE, ACC, dtype)
+        e, o = conv_row(window, 2 * ph, e0, m8, k, k8, norms, w_buf, H, W, PLANAR, NORMALIZE, ACC, dtype)
         best_e = max16(even, e)
         best_o = max16(odd, o)
-        even, odd = conv_row(window, 2 * ph + 1, e0, k, k8, norms, w_buf, H, W, PLANAR, NORMALIZE, ACC, dtype)
+        even, odd = conv_row(
+            window, 2 * ph + 1, e0, m8, k, k8, norms, w_buf, H, W, PLANAR, NORMALIZE, ACC, dtype
+        )
         if P1 % 2 == 1:
             if 2 * ph + 1 == P1:
                 even = lowest

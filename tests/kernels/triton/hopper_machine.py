@@ -394,11 +394,12 @@ def _python(kernel, machine: Machine):
     return convert(kernel.fn)
 
 
-# Helpers that are inline assembly, by name: what they mean.
+# Helpers that are inline assembly or ask for a layout, by name: what they mean.
 _PATCHES = {
     "max16": lambda a, b: torch.maximum(a, b),
     "pin": lambda v: v,
     "row_above": lambda v: torch.roll(v, 1, dims=1),
+    "lane_pairs": lambda k: torch.arange(4),
     "row_of_eight": lambda v: torch.arange(8).view(1, 8, 1),
 }
 

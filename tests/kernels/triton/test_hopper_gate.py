@@ -70,10 +70,10 @@ def test_heuristic_configurations_of_resnet50(candidate, half):
         check(problem, config, call)
 
 
-@pytest.mark.parametrize("normalize", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "uint8"])
+@pytest.mark.parametrize("normalize", [False, True], ids=["", "uint8"])
 @pytest.mark.parametrize("planar", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["nchw", "nhwc"])
 def test_stem_in_the_callers_order_and_type(planar, normalize):
-    """What the caller has in memory is what the kernel reads. Normalising may spill up to 8 registers."""
+    """What the caller has in memory is what the kernel reads."""
     candidate = REGISTRY["hopper.stem_pool"]
     problem = next(
         problem
@@ -87,8 +87,7 @@ def test_stem_in_the_callers_order_and_type(planar, normalize):
         buffers.tensors[name] = buffers[name].contiguous()
     call = candidate.call(problem, config, buffers, constants)
     assert call.arguments["PLANAR"] == planar and call.arguments["NORMALIZE"] == normalize
-    compiled = check(problem, config, call, spills=normalize)
-    assert compiled.stack <= 32
+    compiled = check(problem, config, call)
     # Pairs of pixels a load: 4 bytes, or 2 of uint8; none of a single one.
     assert "ld.global.b8" not in compiled.ptx and (normalize or "ld.global.b16" not in compiled.ptx)
 
@@ -131,5 +130,7 @@ def test_the_same_on_triton_3_6(half):
     """In one process a half: starting one takes as long as compiling several kernels."""
     tests = [f"{__file__}::test_heuristic_configurations_of_resnet50[{c}-{half}]" for c in HOPPER]
     if half:
-        tests.append(f"{__file__}::test_stem_in_the_callers_order_and_type[nchw-]")
+        tests += [
+            f"{__file__}::test_stem_in_the_callers_order_and_type[nchw-{kind}]" for kind in ("", "uint8")
+        ]
     on_triton36(tests)
