@@ -363,8 +363,8 @@ void winograd_conv_bn_act(const Tensor& x, const Tensor& packed, const Tensor& s
   const Packing packing(s.c, s.k);
   const Cut cut(s, packing, torch::stable::get_num_threads());
   dispatch_activation(act, [&](auto code) {
-    const Epilogue<code()> epilogue{data<float>(shift), data<float>(residual), mutable_data<float>(out), act,
-                                    static_cast<float>(act_param)};
+    const Epilogue<code()> epilogue{data<float>(shift), static_cast<const float*>(pointer(residual)),
+                                    mutable_data<float>(out), act, static_cast<float>(act_param)};
     parallel_for(0, cut.blocks * cut.groups, 1, [&](int64_t first, int64_t last) {
       const Scratch scratch(cut.tiles, s.c);
       int64_t transformed = -1;
