@@ -16,6 +16,12 @@ from fastres.workers import gpu_answers
 GPU_TEST_S = 150.0
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--random", type=int, help="random problems of each kernel and type on a GPU, instead of a few"
+    )
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """The whole suite runs in as many processes as there are cores, unless told otherwise (-n 0).

@@ -29,6 +29,7 @@ __all__ = [
     "network_problems",
     "problem_of",
     "random_problems",
+    "random_shares",
 ]
 # Different images in a large batch: as many as show a mix-up, few enough for an fp64 oracle of whole layers.
 DISTINCT = 3
@@ -206,6 +207,15 @@ def random_problems(pattern: Pattern, count: int, dtype: torch.dtype, seed: int 
         if all(min(spec.y_shape) > 0 for _, spec in problem.layers):
             made.append(problem)
     return made
+
+
+def random_shares(metafunc, default: int) -> None:
+    """Parametrises `random_share`: which of a kernel's random problems a test takes, 24 at most; as many together as
+    `--random` says, else `default`."""
+    if "random_share" in metafunc.fixturenames:
+        count = metafunc.config.getoption("random") or default
+        parts = [range(start, min(start + 24, count)) for start in range(0, count, 24)]
+        metafunc.parametrize("random_share", parts, ids=lambda part: f"{part.start}-{part.stop}")
 
 
 def _random_conv(rng: random.Random, n, c, h, w, **fixed) -> ConvSpec:

@@ -15,6 +15,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hopper_machine import Machine, MachineError, tma_fault
+from hopper_problems import hopper_problems
 from problems import H100, check_candidate, conv_problem, network_problems, problem_of, random_problems
 
 from fastres.activation import IDENTITY, RELU, Activation
@@ -312,6 +313,17 @@ def test_every_layer_of_the_networks(machine, candidate):
     taken = [problem for problem in problems if candidate.accepts(problem, H100) is None]
     assert taken
     for problem in taken:
+        check(machine, candidate.name, problem, integers=exact(problem))
+        machine.runs.clear()
+
+
+@pytest.mark.parametrize("candidate", HOPPER, ids=str)
+def test_random_problems_of_each_kernels_own_kind(machine, candidate):
+    """What GPU tests draw from, so it must be taken; the smallest run here."""
+    drawn = hopper_problems(candidate.name, 100, BF16, 7)
+    taken = [problem for problem in drawn if candidate.accepts(problem, H100) is None]
+    assert len(taken) >= 95, {candidate.accepts(problem, H100) for problem in drawn}
+    for problem in sorted(taken, key=lambda problem: problem.flops)[:3]:
         check(machine, candidate.name, problem, integers=exact(problem))
         machine.runs.clear()
 
