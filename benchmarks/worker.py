@@ -200,6 +200,7 @@ def jobs_of(cases: list[Case], target: Target) -> list[Job]:
     found = []
     for problem in dict.fromkeys(case.kernels for case in cases if case.kernels is not None):
         for candidate in REGISTRY.candidates.values():
-            if candidate.pattern.name == problem.pattern and candidate.accepts(problem, target) is None:
+            fits = candidate.compiles and candidate.pattern.name == problem.pattern
+            if fits and candidate.accepts(problem, target) is None:
                 found.append(Job(candidate.name, problem, table_cost(candidate, problem, target).config))
     return found

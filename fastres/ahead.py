@@ -4,6 +4,7 @@ Triton compiles a kernel where it is first launched, one after another and one o
 help. What other processes compile lies in Triton's cache on disk, where this one finds it. They need no GPU and make
 no CUDA context: the target is described to them.
 
+    compile_plan(plan, inputs)   what engines call before a plan is bound
     jobs_of(plan, inputs)        what binding it will compile
     compile_ahead(jobs, target)  compiles what the cache lacks; returns when it is there
 
@@ -124,7 +125,7 @@ def jobs_of(plan: Plan, inputs: Sequence[Any] = ()) -> list[Job]:
     given = dict(zip(plan.graph.inputs, inputs, strict=False))
     found: dict[Job, None] = {}
     for segment in plan.segments:
-        if segment.candidate is not None:
+        if segment.candidate is not None and segment.candidate.compiles:
             takes = segment.candidate.planar(segment.problem)
             planar = {
                 name for name, value in segment.match.inputs if name in takes and _row_major(given.get(value))
@@ -144,11 +145,13 @@ def missing(jobs: Iterable[Job], target: Target) -> list[Job]:
 
     found: dict[str, Job] = {}
     for job in jobs:
-        for source in sources(job, target):
-            key = source.key()
-            if key not in found and not get_cache_manager(key).get_group(
-                f"{source.kernel.__name__[:150]}.json"
-            ):
+        try:
+            keys = {source.key(): f"{source.kernel.__name__[:150]}.json" for source in sources(job, target)}
+        except Exception as error:  # binding will tell
+            log.info("not compiled ahead: %s on %s: %s", job.candidate, job.problem, error)
+            continue
+        for key, name in keys.items():
+            if key not in found and not get_cache_manager(key).get_group(name):
                 found[key] = job
     return sorted(dict.fromkeys(found.values()), key=lambda job: -len(job.problem.layers))
 
@@ -178,19 +181,29 @@ def processes() -> int:
     return min(16, len(os.sched_getaffinity(0)) // together)
 
 
+def compile_plan(plan: Plan, inputs: Sequence[Any]) -> None:
+    """`compile_ahead` of what running `plan` on inputs like these binds, once a plan."""
+    if not plan.compiled:
+        plan.compiled = True
+        compile_ahead(jobs_of(plan, inputs), plan.target)
+
+
 def compile_ahead(jobs: Iterable[Job], target: Target, *, worth: int = _WORTH) -> int:
-    """Compiles what Triton's cache lacks of `jobs`, if it is `worth` as many kernels; how many it compiled."""
+    """Compiles what Triton's cache lacks of `jobs`, if it is `worth` as many kernels; how many it compiled.
+
+    Raises ValueError for a FASTRES_COMPILE_JOBS that is no number, and nothing else.
+    """
+    count = processes()
     try:
-        return _compile_ahead(jobs, target, worth)
+        return _compile_ahead(list(jobs), target, worth, count)
     except Exception as error:  # never the user's failure
         log.info("kernels are compiled as they are bound: %s: %s", type(error).__name__, error)
         return 0
 
 
-def _compile_ahead(jobs: Iterable[Job], target: Target, worth: int) -> int:
-    count = processes()
+def _compile_ahead(jobs: list[Job], target: Target, worth: int, count: int) -> int:
     # Only NVIDIA's GPUs have a capability: the target of others is not described here.
-    if count < 2 or not target.capability or not target.triton or _compiles_anyway():
+    if not jobs or count < 2 or not target.capability or not target.triton or _compiles_anyway():
         return 0
     start = time.perf_counter()
     wanted = missing(jobs, target)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres import env
-from fastres.ahead import compile_ahead, jobs_of
+from fastres.ahead import compile_plan
 from fastres.calls import (
     Options,
     check_inputs,
@@ -231,9 +231,8 @@ class Engine:
                     context.slot = (key, stream)
                     return context
             plan = self._plan(key, self.graph(module), inputs)
-        if key.device.type == "cuda" and not plan.compiled:
-            compile_ahead(jobs_of(plan, inputs), plan.target)
-            plan.compiled = True
+        if key.device.type == "cuda":
+            compile_plan(plan, inputs)
         graphs = key.device.type == "cuda" and self.options.graphs != "off"
         context = Context(plan, self.prepared.constants, key.device, static_inputs=graphs)
         context.slot = (key, stream)

@@ -101,6 +101,7 @@ def test_binding_compiles_nothing_that_was_compiled_ahead(plan, cache, monkeypat
 def test_a_pool_that_fails_is_nobodys_failure(plan, cache, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "fastres")
     jobs = ahead.jobs_of(plan)
+    before = torch.get_rng_state()
 
     def no_process():
         raise OSError("no Python to start")
@@ -108,9 +109,15 @@ def test_a_pool_that_fails_is_nobodys_failure(plan, cache, monkeypatch, caplog):
     monkeypatch.setenv("FASTRES_COMPILE_JOBS", "2")
     monkeypatch.setattr(workers, "_python", no_process)
     assert ahead.compile_ahead(jobs, TARGET) == 0 and "no Python to start" in caplog.text
+    assert plan.compiled is False
+    ahead.compile_plan(plan, ())
+    assert plan.compiled and ahead.compile_plan(plan, ()) is None
+    monkeypatch.setattr(ahead, "sources", lambda *_: 1 / 0)
+    assert ahead.missing(jobs[:1], TARGET) == [] and f"{jobs[0].candidate} on" in caplog.text
     monkeypatch.setattr(ahead, "missing", lambda *_: 1 / 0)
     assert ahead.compile_ahead(jobs, TARGET) == 0 and "ZeroDivisionError" in caplog.text
     assert not list(cache.rglob("*.cubin"))
+    assert torch.equal(torch.get_rng_state(), before), "the user's random numbers are other ones"
 
 
 @pytest.mark.parametrize(
@@ -142,5 +149,6 @@ def test_how_many_processes_compile(monkeypatch):
     monkeypatch.setenv("FASTRES_COMPILE_JOBS", "3")
     assert ahead.processes() == 3
     monkeypatch.setenv("FASTRES_COMPILE_JOBS", "many")
-    with pytest.raises(ValueError, match="FASTRES_COMPILE_JOBS is 'many'"):
-        env.compile_jobs()
+    for read in (env.compile_jobs, lambda: ahead.compile_ahead([], TARGET)):
+        with pytest.raises(ValueError, match="FASTRES_COMPILE_JOBS is 'many'"):
+            read()

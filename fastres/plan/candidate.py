@@ -154,6 +154,11 @@ class Candidate:
         and constants may be on the meta device: what is compiled must not depend on the device."""
         return ()
 
+    @property
+    def compiles(self) -> bool:
+        """Whether there are any."""
+        return type(self).kernels is not Candidate.kernels
+
     def bind(self, problem: Problem, config: Any, buffers: Buffers, constants: Any) -> Launch:
         """Everything resolved (pointers, descriptors, grid) into a callable. It runs on the current stream."""
         raise NotImplementedError

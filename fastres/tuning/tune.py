@@ -255,7 +255,7 @@ class _Run:
                 if not self._going():
                     return
                 candidate = REGISTRY[trial.candidate]
-                if type(candidate).kernels is Candidate.kernels:  # it has nothing to compile
+                if not candidate.compiles:
                     enqueue(value, trial)
                     continue
                 planar = candidate.planar(trial.problem)

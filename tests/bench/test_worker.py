@@ -145,8 +145,11 @@ def test_single_kernels_are_compiled_ahead_for_every_backend_that_takes_them(tmp
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
     cases = Work(scope("quick", "cuda"), ("layer", "fused", "op")).cases()
     found = jobs_of(cases, on_paper("sm90"))
-    assert {"triton", "hopper"} <= {job.candidate.partition(".")[0] for job in found}
-    assert {job.problem for job in found} == {case.kernels for case in cases} - {None}
+    problems = {case.kernels for case in cases} - {None}
+    # stage 3's shifted block is for CUDA alone
+    assert {p.pattern for p in problems - {job.problem for job in found}} <= {"shifted_block"}
+    assert {job.problem for job in found} <= problems and len(found) > 40
+    assert {"triton", "hopper"} == {job.candidate.partition(".")[0] for job in found}
     assert len(found) == len(set(found)) and {case.level for case in cases if case.kernels} == {
         "layer",
         "fused",

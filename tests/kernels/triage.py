@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -112,6 +113,7 @@ def _window(problem: Problem) -> tuple:
     return tuple(layers)
 
 
+@cache
 def own_calls(problem: Problem, target: Target) -> list[Piece]:
     """PyTorch's own calls for the problem's layers: one for all where there is one, else one a layer."""
     for backend in OWN[:-1]:
@@ -213,16 +215,16 @@ class Triage:
                 self.own[piece] = float("nan") if answer.reason else answer.value
             elif answer.reason:
                 row.verdict, row.reason = verdict(answer.reason), f"while it was timed: {answer.reason}"
-                self._write()
             else:
                 row.ms = answer.value
+            self._write()
         print(f"timed by {time.monotonic() - start:.0f} s", flush=True)
 
     def _compiled(self) -> list[ahead.Job]:
         found = []
         for piece in self.rows:
-            if piece.problem is not None:
-                candidate = REGISTRY[piece.kernel]
+            candidate = piece.problem and REGISTRY[piece.kernel]
+            if candidate and candidate.compiles:
                 planar = candidate.planar(piece.problem) if piece.planar else frozenset()
                 _, config = require(piece, self.target)
                 found.append(ahead.Job(piece.kernel, piece.problem, config, planar))
