@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(threads_of(kFilters), 2) sm90_conv_latency_ker
   for (int i = 0; i < kPixels / 2; ++i)
     tile[(i / 4 * 8 + lane % 4 * 2 + i % 2) * kTileStride + warp * 16 + i / 2 % 2 * 8 + lane / 4] = sum[i];
   if (parts > 1) {
-    ptx::sync_cluster();
+    ptx::sync_cluster_shared();
   } else {
     ptx::sync_threads();
   }

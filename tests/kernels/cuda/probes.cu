@@ -108,8 +108,6 @@ __global__ void cluster_kernel(const __grid_constant__ Probe p) {
   const int rank = static_cast<int>(ptx::cluster_rank()), half = p.bytes / 2, word = kImage - 64, four = kImage - 32;
   int* status = p.status + 6 * rank;
   fill_image(memory, nullptr);
-  ptx::sync_threads();
-  if (threadIdx.x == 0) *reinterpret_cast<float4*>(memory + four) = float4{1.f + rank, 2, 3, 4};
   ptx::fence_async_shared();
   if (threadIdx.x == 0) {
     ptx::barrier_init(full, 1), ptx::barrier_init(met, 2), ptx::barrier_init(told, 1);
@@ -130,11 +128,14 @@ __global__ void cluster_kernel(const __grid_constant__ Probe p) {
     }
     status[2] = comes(told, 0);
     status[3] = *reinterpret_cast<const volatile int*>(memory + word);
-    status[4] = static_cast<int>(ptx::load_cluster(ptx::address_in(base + four, rank ^ 1)).x);
+    *reinterpret_cast<float4*>(memory + four) = float4{1.f + rank, 2, 3, 4};
     status[5] = static_cast<int>(blockIdx.x) * 10 + rank;
   }
   ptx::sync_warp();
+  ptx::sync_cluster_shared();
+  if (threadIdx.x == 0) status[4] = static_cast<int>(ptx::load_cluster(ptx::address_in(base + four, rank ^ 1)).x);
   show_image(p.out + rank * kImage, memory);
+  ptx::sync_warp();
   ptx::arrive_cluster_relaxed();
   ptx::wait_cluster();
 }

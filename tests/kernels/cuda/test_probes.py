@@ -4,6 +4,7 @@ What must come out follows from a definition (a convolution's windows, a matrix 
 kernels fail on a GPU, these say which belief is wrong, in seconds: `pytest -m gpu tests/kernels/cuda/test_probes.py`.
 """
 
+import ctypes
 import itertools
 import math
 
@@ -194,6 +195,24 @@ def test_the_emulator_refuses_a_remote_store_that_nothing_orders_before_the_arri
     emulated.schedule(0, 0)
     with pytest.raises(RuntimeError, match="fence_cluster"):
         run("cpu", [_cluster(fences=0)[1]])
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (0, None),
+        (1, "wgmma after a wait, or the first one, without wgmma_fence"),
+        (2, "wgmma after a wait, or the first one, without wgmma_fence"),
+        (3, None),
+        (4, "a store without fence_async_shared of all threads"),
+        (5, "fewer than 2^20 bytes"),
+    ],
+)
+def test_the_emulator_refuses_what_a_gpu_would_get_wrong_now_and_then(what, words):
+    emulated.schedule(0, 0)
+    error = ctypes.create_string_buffer(256)
+    assert emulated.library().emulator_refusal(what, error) == (words is not None)
+    assert (words or "") in error.value.decode()
 
 
 def test_products_of_every_width(hopper):

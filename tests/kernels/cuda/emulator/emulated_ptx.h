@@ -15,8 +15,11 @@ inline void meet_barrier(const char* name, int barrier, int threads) {
   emulator::Meeting& m = self->block->barriers.at(barrier);
   if (m.arrived && m.size != threads) fail("one barrier, two thread counts");
   m.size = threads;
+  m.fenced &= self->async_fenced;
+  self->async_fenced = false;
   // The place does not matter, only that all have come.
-  emulator::meet(m, 0, name, nullptr, [](auto&) {});
+  emulator::meet(m, 0, name, nullptr, [&](auto&) { m.fenced_before = m.fenced, m.fenced = true; });
+  self->all_fenced = m.fenced_before;
 }
 inline void sync_threads() { meet_barrier("sync_threads", 0, static_cast<int>(self->block->threads.size())); }
 inline void sync_named(int barrier, int threads) {

@@ -70,6 +70,8 @@ void perform_wgmma(Block* block, const std::vector<void*>& slot, int begin, int 
 
 template <class T, int N>
 void wgmma_meet(WgmmaIo mine) {
+  // Registers were accessed by others since, at the least the accumulators of the product before.
+  if (!self->registers_fenced) fail("wgmma after a wait, or the first one, without wgmma_fence");
   const int group = self->warp / 4;
   // Registers of A and the arguments live in the caller's frame: what happens later works on copies of them.
   emulator::meet(self->block->warpgroups[group], self->linear % 128, "wgmma", &mine, [&](auto& slot) {
@@ -117,7 +119,7 @@ void wgmma(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b, bool accu
   wgmma_meet<T, 2 * kRegisters>({d, a, 0, b, accumulate});
 }
 
-inline void wgmma_fence() {}
+inline void wgmma_fence() { self->registers_fenced = true; }
 inline void wgmma_commit() {
   emulator::Meeting& warp = self->block->warps[self->warp];
   emulator::warp_meet("wgmma_commit", nullptr, [&](auto&) {
@@ -127,13 +129,14 @@ inline void wgmma_commit() {
 }
 template <int kNewest, int kRegisters>
 void wgmma_wait(float (&)[kRegisters]) {
+  if (kNewest == 0) self->registers_fenced = false;
   emulator::Meeting& warp = self->block->warps[self->warp];
   emulator::warp_meet("wgmma_wait", nullptr, [&](auto&) {
     for (; warp.groups.size() > kNewest; warp.groups.pop_front())
       for (auto& product : warp.groups.front()) product();
   });
 }
-inline void fence_async_shared() {}
+inline void fence_async_shared() { self->async_fenced = true; }
 
 // --- clusters
 
@@ -141,6 +144,10 @@ inline uint32_t cluster_rank() { return static_cast<uint32_t>(self->block->rank)
 inline void sync_cluster() {
   self->stored_remotely = false;
   emulator::meet(*self->block->whole_cluster, 0, "sync_cluster", nullptr, [](auto&) {});
+}
+inline void sync_cluster_shared() {
+  if (self->stored_remotely) fail("sync_cluster_shared does not order a store to another block");
+  sync_cluster();
 }
 inline void arrive_cluster_relaxed() {
   emulator::Meeting& m = *self->block->whole_cluster;
@@ -166,7 +173,10 @@ struct Barrier {
 
   bool parity() const { return phase_and_bytes & 1; }
   int bytes() const { return phase_and_bytes >> 1; }
-  void add_bytes(int n) { phase_and_bytes += n * 2; }
+  void add_bytes(int n) {
+    phase_and_bytes += n * 2;
+    if (bytes() >= 1 << 20 || bytes() <= -(1 << 20)) fail("an mbarrier counts fewer than 2^20 bytes");
+  }
   void settle() {
     if (pending == 0 && bytes() == 0) {
       pending = count;
@@ -332,6 +342,8 @@ inline void load_box(uint32_t to, const TensorMap* map, uint32_t barrier, int c0
 inline void store_any(const TensorMap* map, uint32_t from, int rank, std::array<int, 5> c) {
   if (unpack_tensor_map(*map).rank != rank) fail("TMA: the map has another rank");
   if (from % 128) fail("TMA: misaligned source");
+  // What threads wrote is TMA's to read when each has fenced, and then all have met.
+  if (!self->all_fenced) fail("TMA: a store without fence_async_shared of all threads before their barrier");
   auto land = [=, block = self->block] {
     for_box(block, from, map, {c}, [](unsigned char* shared, const unsigned char* global) {
       if (global) std::memcpy(const_cast<unsigned char*>(global), shared, 2);

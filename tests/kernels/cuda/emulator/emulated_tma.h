@@ -17,6 +17,7 @@ inline void check_tensor_map(const fastres::TensorMapFields& f) {
   for (int d = 0; d + 1 < f.rank; ++d)
     need(f.stride[d] % 16 == 0 && f.stride[d] < uint64_t{1} << 40, "stride no multiple of 16");
   need(f.box[0] * 2 <= 128, "box wider than the swizzle");
+  need(f.box[0] * 2 % 16 == 0, "rows of the box no multiple of 16 bytes");
   if (!im2col) {
     for (int d = 0; d < f.rank; ++d) {
       need(f.step[d] >= 1 && f.step[d] <= 8, "element stride");

@@ -42,6 +42,9 @@ struct Thread {
   bool done = false;
   unsigned cluster_phase = 0;  // that it arrived in
   bool stored_remotely = false;  // into another block, with no fence since
+  bool registers_fenced = false;  // wgmma.fence since the last wait
+  bool async_fenced = false;      // fence.proxy.async since the last barrier
+  bool all_fenced = false;        // all who met at that barrier had one before it
   bool (*ready)(void*) = nullptr;
   void* argument = nullptr;
   const char* where = "";
@@ -56,6 +59,7 @@ struct Meeting {
   int arrived = 0, size = 0;
   unsigned generation = 0;
   const char* operation = nullptr;
+  bool fenced = true, fenced_before = false;  // fence.proxy.async by all who came, of this meeting and the last one
   std::vector<void*> slot;
   std::deque<std::vector<std::function<void()>>> groups;  // a warp's wgmma in flight
   std::vector<std::function<void()>> open;
