@@ -44,9 +44,9 @@ _SCHEMAS = (
     "int cluster, Tensor(a!) record) -> ()",
     "sm90_conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out, "
     "Tensor counter, int[] geometry, int act, float act_param, Tensor? second, Tensor? second_weight, "
-    "int[] second_stride, int filters, int pixels, int cluster, Tensor(a!) record) -> ()",
+    "int[] second_stride, int filters, int pixels, int cluster, bool by_position, Tensor(a!) record) -> ()",
     "sm90_conv_stats(Tensor x, Tensor weight, Tensor(a!) out, Tensor(b!) counter, Tensor(c!) scratch, "
-    "int[] geometry, int filters, int pixels, int cluster, Tensor(d!) mean, Tensor(e!) var) -> ()",
+    "int[] geometry, int filters, int pixels, int cluster, bool by_position, Tensor(d!) mean, Tensor(e!) var) -> ()",
     # conv, expand, reduce: (scale, shift) by channel, [C, 2].
     "sm90_shifted_block(Tensor x, Tensor conv_weight, Tensor conv, Tensor expand_weight, Tensor expand, "
     "Tensor? reduce_weight, Tensor? reduce, Tensor residual, Tensor out, Tensor? next, Tensor counter, "

@@ -10,7 +10,7 @@ namespace {
 void sm90_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale, const Tensor& shift,
                       const Optional& residual, const Tensor& out, const Tensor& counter, Ints geometry, int64_t act,
                       double act_param, const Optional& second, const Optional& second_weight, Ints second_stride,
-                      int64_t filters, int64_t pixels, int64_t cluster, const Tensor& record) {
+                      int64_t filters, int64_t pixels, int64_t cluster, bool by_position, const Tensor& record) {
   ThroughputConv p{};
   p.conv = conv_arguments(x, weight, scale, shift, residual, out, geometry, act, act_param);
   FASTRES_CHECK(second.has_value() == second_weight.has_value(), "second and second_weight: give both or none");
@@ -20,6 +20,7 @@ void sm90_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale
     p.second = pointer(*second), p.second_weight = pointer(*second_weight);
   }
   check_counters(counter, x, 1);
+  p.by_position = by_position;
   p.conv.counters = static_cast<int*>(pointer(counter));
   finish_record(x, record, [&] {
     return sm90_conv_record(p, type_of(x, "x"), static_cast<int>(filters), static_cast<int>(pixels),
@@ -30,10 +31,11 @@ void sm90_conv_bn_act(const Tensor& x, const Tensor& weight, const Tensor& scale
 // out = conv(x), and the mean and biased variance [K] of its channels before they are rounded.
 void sm90_conv_stats(const Tensor& x, const Tensor& weight, const Tensor& out, const Tensor& counter,
                      const Tensor& scratch, Ints geometry, int64_t filters, int64_t pixels, int64_t cluster,
-                     const Tensor& mean, const Tensor& var) {
+                     bool by_position, const Tensor& mean, const Tensor& var) {
   ThroughputConv t{};
   t.conv = conv_arguments(x, weight, {}, {}, {}, out, geometry, 0, 0.0);
   check_counters(counter, x, 1);
+  t.by_position = by_position;
   t.conv.counters = static_cast<int*>(pointer(counter));
   const int64_t k = t.conv.shape.k;
   check_channels(mean, x, k, "mean");

@@ -92,6 +92,16 @@ FASTRES_BOTH constexpr Range part_of(int steps, int part, int parts) {
           static_cast<int>(static_cast<int64_t>(steps) * (part + 1) / parts)};
 }
 
+// The taps [begin, end) of one axis that lie inside an image of `extent` for at least one of `count` outputs from `first`
+// on. (Where the stride exceeds the image, one that lies inside for none may be among them; it adds zeros.)
+FASTRES_BOTH constexpr Range taps_inside(int first, int count, int taps, int stride, int pad, int dilation, int extent) {
+  const int low = first * stride - pad, high = low + (count - 1) * stride;
+  const int begin = high < 0 ? static_cast<int>(ceil_div(-high, dilation)) : 0;
+  const int end = low < extent ? (extent - 1 - low) / dilation + 1 : 0;
+  const int capped = end < taps ? end : taps;
+  return {begin, capped > begin ? capped : begin};
+}
+
 // A row of shared memory is 64 bytes, four 16-byte chunks. Chunks are permuted so that the eight rows which ldmatrix
 // reads at once lie in different banks.
 constexpr int kRowBytes = 64;

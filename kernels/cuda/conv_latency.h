@@ -52,16 +52,6 @@ struct ConvBox {
   }
 };
 
-// The taps [begin, end) of one axis that lie inside an image of `extent` for at least one of `count` outputs from `first`
-// on. (Where the stride exceeds the image, one that lies inside for none may be among them; it adds zeros.)
-FASTRES_BOTH constexpr Range taps_inside(int first, int count, int taps, int stride, int pad, int dilation, int extent) {
-  const int low = first * stride - pad, high = low + (count - 1) * stride;
-  const int begin = high < 0 ? static_cast<int>(ceil_div(-high, dilation)) : 0;
-  const int end = low < extent ? (extent - 1 - low) / dilation + 1 : 0;
-  const int capped = end < taps ? end : taps;
-  return {begin, capped > begin ? capped : begin};
-}
-
 // A box's steps of depth: the taps that it needs, row by row, each in chunks of 64 channels.
 struct Taps {
   Range r, s;

@@ -23,7 +23,9 @@ FASTRES_DEVICE void write_moments(const Sm90Conv& p, const float (&sum)[kBlocks]
   constexpr int kRow = kHalo ? kHaloRow : kColumns;
   if constexpr (kHalo) {
     const auto place = HaloPlace::of(p, pixel);
-    rows = p.p - place.h, columns = (p.pixels / (p.p * p.q) - place.n) * p.q;
+    rows = p.p - place.h, columns = (p.images - place.n) * p.q;
+  } else if (p.span) {
+    columns = p.images - Position::of(p, pixel).n;
   }
   rows = rows < kColumns / kRow ? rows : kColumns / kRow, columns = columns < kRow ? columns : kRow;
   const int count = rows > 0 && columns > 0 ? rows * columns : 0;

@@ -60,6 +60,14 @@ FASTRES_DEVICE void store_box(const TensorMap* map, uint32_t from, int c0, int c
                : "memory");
 #endif
 }
+FASTRES_DEVICE void store_box(const TensorMap* map, uint32_t from, int c0, int c1, int c2, Policy policy) {
+#ifdef FASTRES_SM90
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group.L2::cache_hint [%0, {%2, %3, %4}], [%1], %5;" ::"l"(map),
+      "r"(from), "r"(c0), "r"(c1), "r"(c2), "l"(policy.bits)
+      : "memory");
+#endif
+}
 FASTRES_DEVICE void store_box(const TensorMap* map, uint32_t from, int c0, int c1, int c2, int c3, Policy policy) {
 #ifdef FASTRES_SM90
   asm volatile(

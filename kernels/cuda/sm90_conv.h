@@ -30,6 +30,7 @@ struct Sm90Conv {
   int tiles_k, tiles, clusters, cluster;
   int stages, slots, ticks;
   int halo_images, halo_rows;  // of the halo form: images side by side in a row of pixels, rows of a group of them
+  int images, h, w, span;      // of the position form: how many, their size, pixels counted a position; span 0: another
   Eviction pixels_eviction, filters_eviction, out_eviction;  // out: the residual's too
   int by_tma;  // rows of k channels are whole 16 bytes: residual and output travel by TMA
   int act;
@@ -48,6 +49,7 @@ constexpr int kMaxStages = 8, kMaxSlots = 4, kMaxTicks = 4, kHaloBoxes = 2;
 // form rows innermost, which share a box of pixels, then channels, columns.
 struct ConvStep {
   int source, r, s, c;  // c: in steps
+  Range rows, columns;  // taps of the first source
 
   FASTRES_BOTH constexpr void advance(const Sm90Conv& v) {
     const ConvSource& of = v.source[source];
@@ -60,10 +62,10 @@ struct ConvStep {
     }
     if (++c < of.c_steps) return;
     c = 0;
-    if (++s < of.s) return;
-    s = 0;
-    if (++r < of.r) return;
-    r = 0, ++source;
+    if (++s < (source ? of.s : columns.end)) return;
+    s = source ? 0 : columns.begin;
+    if (++r < (source ? of.r : rows.end)) return;
+    r = s = 0, ++source;
   }
 };
 
@@ -100,6 +102,38 @@ struct HaloPlace {
   }
 };
 
+// The position form: pixels are counted image by image at one position of the output, so that the taps that lie in the
+// padding lie there for all of a tile, and are left out. The first row comes last but for a pixel, behind the last one: its
+// tiles, which have fewer taps, fill the gaps that longer ones leave.
+struct Position {
+  int n, at;  // at: row by row
+
+  FASTRES_BOTH static constexpr Position of(const Sm90Conv& v, int pixel) {
+    const int position = pixel / v.span, at = position + v.q + 1;
+    return {pixel - position * v.span, at % (v.p * v.q)};
+  }
+  FASTRES_BOTH constexpr WindowStart window(const Sm90Conv& v) const {
+    const ConvSource& from = v.source[0];
+    const int row = at / v.q;
+    return {(at - row * v.q) * from.stride_w - from.pad_w, row * from.stride_h - from.pad_h, n};
+  }
+};
+
+// What a tile goes through: its first step, and how many.
+struct ConvDepth {
+  ConvStep first;
+  int steps;
+
+  FASTRES_BOTH static constexpr ConvDepth of(const Sm90Conv& v, int first_pixel) {
+    const ConvSource& from = v.source[0];
+    if (!v.span) return {{0, 0, 0, 0, {0, from.r}, {0, from.s}}, v.steps};
+    const int at = Position::of(v, first_pixel).at, row = at / v.q;
+    const Range r = taps_inside(row, 1, from.r, from.stride_h, from.pad_h, from.dilation_h, v.h);
+    const Range s = taps_inside(at - row * v.q, 1, from.s, from.stride_w, from.pad_w, from.dilation_w, v.w);
+    return {{0, r.begin, s.begin, 0, r, s}, (r.end - r.begin) * (s.end - s.begin) * from.c_steps};
+  }
+};
+
 // A tile of `filters` x `pixels` outputs, and how its two groups of warps share it: 64 filters by pixels, others by
 // filters. 128 x 224 and 64 x 448 are of the halo form, where a box of pixels, with the rows above and below, stays for
 // three steps and has a ring of its own.
@@ -107,6 +141,7 @@ struct ConvTileShape {
   int filters, pixels;
 
   FASTRES_BOTH constexpr bool halo() const { return pixels % kHaloRow == 0; }
+  FASTRES_BOTH constexpr bool takes_positions() const { return !halo() && filters <= 128; }
   FASTRES_BOTH constexpr int chunk_pixels() const { return halo() ? kHaloRow : kConvChunk; }
   FASTRES_BOTH constexpr bool share_pixels() const { return filters < 64 * kConvGroups; }
   FASTRES_BOTH constexpr int group_filters() const { return share_pixels() ? filters : filters / kConvGroups; }
@@ -154,6 +189,7 @@ struct ThroughputConv {
   ConvBnAct conv;
   ConvShape second_shape;
   const void *second, *second_weight;
+  bool by_position;  // pixels in the order of Position
   float* moments;  // training: the convolution alone, and the statistics of its channels, [sm90_conv_chunks, k, 3]
 };
 inline void require(bool holds, const char* what) {
@@ -181,6 +217,20 @@ inline void set_evictions(Sm90Conv& p, const ConvShape& v) {
   if (x + out > 2 * kL2Bytes) p.filters_eviction = Eviction::kLast;
 }
 
+// Every output has a tap inside the image.
+inline bool touches_everywhere(const Sm90Conv& p) {
+  const ConvSource& from = p.source[0];
+  const auto touches = [](int outputs, int taps, int stride, int pad, int dilation, int extent) {
+    for (int i = 0; i < outputs; ++i) {
+      const Range inside = taps_inside(i, 1, taps, stride, pad, dilation, extent);
+      if (inside.end <= inside.begin) return false;
+    }
+    return true;
+  };
+  return touches(p.p, from.r, from.stride_h, from.pad_h, from.dilation_h, p.h) &&
+         touches(p.q, from.s, from.stride_w, from.pad_w, from.dilation_w, p.w);
+}
+
 // Everything but maps and pointers.
 inline Sm90Conv sm90_conv_tiles(const ThroughputConv& t, int filters, int pixels, int cluster, int multiprocessors) {
   const ConvShape& v = t.conv.shape;
@@ -202,12 +252,21 @@ inline Sm90Conv sm90_conv_tiles(const ThroughputConv& t, int filters, int pixels
     p.halo_rows = static_cast<int>(round_up(v.h, pixels / kHaloRow));
     run = ceil_div(v.n, p.halo_images) * p.halo_rows * kHaloRow;
   }
+  p.p = v.p, p.q = v.q, p.k = v.k, p.pixels = static_cast<int>(v.pixels());
+  p.images = v.n, p.h = v.h, p.w = v.w;
+  if (t.by_position) {
+    require(tile.takes_positions() && !t.second && v.k % 8 == 0 && touches_everywhere(p),
+            "by_position: takes tiles of 64 and 128 filters without halo, one tensor, filters in eights, a tap inside the "
+            "image for every output");
+    p.span = static_cast<int>(round_up(v.n, pixels * cluster));
+    run = int64_t{p.span} * v.p * v.q;
+    require(run < int64_t{1} << 30, "2^30 output pixels or more");
+  }
   p.steps = p.source[0].steps();
   if (t.second) {
     p.source[1] = source_of(t.second_shape);
     p.steps += p.source[1].steps();
   }
-  p.p = v.p, p.q = v.q, p.k = v.k, p.pixels = static_cast<int>(v.pixels());
   p.by_tma = v.k % 8 == 0;
   p.cluster = cluster;
   p.tiles_k = static_cast<int>(ceil_div(v.k, filters));
@@ -246,6 +305,27 @@ inline TensorMapFields halo_fields(Type type, const void* base, const ConvShape&
   const uint32_t box[] = {kConvDepth, static_cast<uint32_t>(v.w), static_cast<uint32_t>(kHaloRow / v.w),
                           static_cast<uint32_t>(rows)};
   std::copy_n(size, 4, f.size), std::copy_n(stride, 3, f.stride), std::copy_n(box, 4, f.box);
+  return f;
+}
+
+// The input [n, h, w, c], `images` of one pixel a box.
+inline TensorMapFields images_fields(Type type, const void* base, const ConvShape& v, int images) {
+  TensorMapFields f{type, 4, base};
+  const uint64_t row = uint64_t{2} * v.c;
+  const uint64_t size[] = {static_cast<uint64_t>(v.c), static_cast<uint64_t>(v.w), static_cast<uint64_t>(v.h),
+                           static_cast<uint64_t>(v.n)};
+  const uint64_t stride[] = {row, row * v.w, row * v.w * v.h};
+  const uint32_t box[] = {kConvDepth, 1, 1, static_cast<uint32_t>(images)};
+  std::copy_n(size, 4, f.size), std::copy_n(stride, 3, f.stride), std::copy_n(box, 4, f.box);
+  return f;
+}
+// The output as [position, n, k], images between positions and filters: kConvChunk of one position a box.
+inline TensorMapFields positions_fields(Type type, const void* base, const ConvShape& v) {
+  TensorMapFields f{type, 3, base};
+  const uint64_t row = uint64_t{2} * v.k, positions = static_cast<uint64_t>(v.p) * v.q;
+  f.size[0] = static_cast<uint64_t>(v.k), f.size[1] = static_cast<uint64_t>(v.n), f.size[2] = positions;
+  f.stride[0] = row * positions, f.stride[1] = row;
+  f.box[0] = kConvDepth, f.box[1] = kConvChunk, f.box[2] = 1;
   return f;
 }
 

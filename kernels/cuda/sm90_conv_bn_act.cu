@@ -9,6 +9,7 @@
 // by TMA into the slot from which the output leaves.
 // The halo form of 3x3 loads pixels once for a column of three taps: rows of 56, from 1 to 8 images side by side, and
 // the rows above and below; a tap is a shift by a row. That is a third of im2col's reads of the L2, plus the halo.
+// The position form takes all images at one output position: what lies in the padding there is left out, up to 5 of 9 taps.
 // Warps of group 0: loader of both operands; residuals of group 1, of group 2; tickets.
 #include <utility>
 
@@ -126,7 +127,8 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
         for (float& v : of) v = 0;
     }
     int previous = 0, row_of_taps = 0;
-    for (int i = 0; i < p.steps; ++i, ring.next(p.stages)) {
+    const int steps = kTile.takes_positions() ? ConvDepth::of(p, of.first_pixel).steps : p.steps;
+    for (int i = 0; i < steps; ++i, ring.next(p.stages)) {
       ptx::barrier_wait(b.full(ring.slot), ring.parity);
       const uint32_t stage = base + layout.stages + ring.slot * kTile.stage_bytes();
       uint32_t first = stage + kTile.filters_bytes();
@@ -190,6 +192,9 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
           if constexpr (kHalo) {
             const auto place = HaloPlace::of(p, pixel);
             ptx::store_box(&p.out, from, filter, 0, place.n, place.h, policy);
+          } else if (kTile.takes_positions() && p.span) {
+            const auto place = Position::of(p, pixel);
+            ptx::store_box(&p.out, from, filter, place.n, place.at, policy);
           } else {
             ptx::store_box(&p.out, from, filter, pixel, policy);
           }
@@ -356,10 +361,12 @@ Record sm90_conv_record(const ThroughputConv& t, Type type, int filters, int pix
   Sm90Conv p = sm90_conv_tiles(t, filters, pixels, cluster, multiprocessors());
   const ConvTileShape tile{filters, pixels};
   const auto output_map = [&](const void* of) {
+    if (p.span) return make_tensor_map(positions_fields(type, of, v));
     return make_tensor_map(tile.halo() ? halo_fields(type, of, v, v.k, 1)
                                        : matrix_fields(type, of, v.pixels(), v.k, kConvChunk));
   };
-  p.x = make_tensor_map(tile.halo() ? halo_fields(type, t.conv.x, v, v.c, pixels / kHaloRow + 2)
+  p.x = make_tensor_map(p.span ? images_fields(type, t.conv.x, v, pixels)
+                        : tile.halo() ? halo_fields(type, t.conv.x, v, v.c, pixels / kHaloRow + 2)
                                     : pixels_fields(type, t.conv.x, v, pixels));
   p.weight = filters_map(type, t.conv.weight, v, filters / cluster);
   if (t.second) {

@@ -93,10 +93,11 @@ FASTRES_DEVICE void load_filters(const Sm90Conv& p, uint32_t stage, uint32_t ful
 
 template <int kFilters, int kPixels>
 FASTRES_DEVICE int load_filters_ahead(const Sm90Conv& p, uint32_t stages, const ConvBarriers& b, int rank) {
-  const int ahead = p.steps < p.stages ? p.steps : p.stages;
   const auto tile = Sm90ConvTile::of(p, static_cast<int>(blockIdx.x) / p.cluster, rank, kFilters, kPixels);
+  const ConvDepth depth = ConvDepth::of(p, tile.first_pixel);
+  const int ahead = depth.steps < p.stages ? depth.steps : p.stages;
   const ptx::Policy policy = ptx::make_policy(p.filters_eviction);
-  ConvStep at{};
+  ConvStep at = depth.first;
   for (int i = 0; i < ahead; ++i, at.advance(p))
     load_filters<kFilters, kPixels>(p, stages + i * ConvTileShape{kFilters, kPixels}.stage_bytes(), b.full(i), at,
                                     tile.first_filter, rank, policy);
@@ -115,8 +116,10 @@ FASTRES_DEVICE void load_operands(const Sm90Conv& p, uint32_t base, uint32_t sta
     if (tile >= p.tiles) return;
     const auto of = Sm90ConvTile::of(p, tile, rank, kFilters, kPixels);
     WindowStart window{};
-    ConvStep at{};
-    for (int i = 0; i < p.steps; ++i, at.advance(p), ring.next(p.stages)) {
+    const ConvDepth depth = ConvDepth::of(p, of.first_pixel);
+    if (kTile.takes_positions() && p.span) window = Position::of(p, of.first_pixel).window(p);
+    ConvStep at = depth.first;
+    for (int i = 0; i < depth.steps; ++i, at.advance(p), ring.next(p.stages)) {
       const ConvSource& source = p.source[at.source];
       const uint32_t stage = stages + ring.slot * kStageBytes, full = b.full(ring.slot);
       if (ahead > 0) {
@@ -136,6 +139,9 @@ FASTRES_DEVICE void load_operands(const Sm90Conv& p, uint32_t base, uint32_t sta
         ptx::load_box(base + box.slot * kTile.pixels_bytes(), map, b.box_full(box.slot), at.c * kConvDepth, at.s - 1,
                       place.n, place.h - 1, policy);
         box.next(kHaloBoxes);
+      } else if (kTile.takes_positions() && p.span) {
+        ptx::load_box(to, map, full, at.c * kConvDepth, window.w + at.s * source.dilation_w,
+                      window.h + at.r * source.dilation_h, window.n, policy);
       } else if (source.plain) {
         ptx::load_box(to, map, full, at.c * kConvDepth, of.first_pixel, policy);
       } else {
@@ -171,6 +177,9 @@ FASTRES_DEVICE void load_residuals(const Sm90Conv& p, uint32_t slots, const Conv
           if constexpr (kTile.halo()) {
             const auto place = HaloPlace::of(p, pixel + n);
             ptx::load_box(to, &p.residual, full, filter + m, 0, place.n, place.h, policy);
+          } else if (kTile.takes_positions() && p.span) {
+            const auto place = Position::of(p, pixel + n);
+            ptx::load_box(to, &p.residual, full, filter + m, place.n, place.at, policy);
           } else {
             ptx::load_box(to, &p.residual, full, filter + m, pixel + n, policy);
           }

@@ -61,7 +61,8 @@ def best_config(spec: ConvSpec, target: Target) -> ThroughputConfig:
 
 def chunks_of(spec: ConvSpec, config: ThroughputConfig) -> int:
     """Runs of pixels that have statistics of their own: sm90_conv_chunks in sm90_conv.h."""
-    tiles = ceil_div(tile_run(spec, config.pixels), config.pixels * config.cluster) * config.cluster
+    whole = config.pixels * config.cluster
+    tiles = ceil_div(tile_run(spec, config.pixels, whole * config.by_position), whole) * config.cluster
     return tiles * (2 if config.filters == 64 else 1)
 
 
@@ -84,5 +85,5 @@ def launch(
         torch.ops.fastres_cuda.sm90_conv_stats,
         *(x, rows, out, x.new_zeros(1, dtype=torch.int32)),
         *(x.new_empty(12 * spec.k * chunks, dtype=torch.uint8), geometry(spec, 1)),
-        *(config.filters, config.pixels, config.cluster, mean, var),
+        *(config.filters, config.pixels, config.cluster, config.by_position, mean, var),
     )

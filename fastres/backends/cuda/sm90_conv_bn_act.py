@@ -5,14 +5,17 @@ cuda.sm90_conv_bn_act takes one; cuda.sm90_dual adds a projection shortcut to it
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from fastres.activation import IDENTITY, RELU
 from fastres.backends.cuda.base import CudaCandidate, ceil_div, scale_shift
 from fastres.backends.cuda.conv_bn_act import filter_rows, geometry
+from fastres.backends.cuda.latency import box_taps
 from fastres.graph.fold import LayerParameters
 from fastres.plan.candidate import Buffers, register
 from fastres.plan.pattern import CONV_BN_ACT, DUAL
@@ -29,12 +32,14 @@ _HALO_ROW = 56
 class ThroughputConfig(Config):
     """A block computes `filters` by `pixels`; `cluster` blocks with neighbouring pixels share the loads of weights.
 
-    Tiles of 224 and 448 pixels are the halo form's: 4 and 8 rows of 56 pixels.
+    Tiles of 224 and 448 pixels are the halo form's: 4 and 8 rows of 56 pixels. `by_position`: the pixels of a tile are
+    those of so many images at one position, and taps that lie in the padding there are left out.
     """
 
     filters: int
     pixels: int
     cluster: int
+    by_position: bool = False
 
 
 def _steps(spec: ConvSpec) -> int:
@@ -47,8 +52,18 @@ def takes_halo(spec: ConvSpec) -> bool:
     return same and _HALO_ROW % spec.w == 0 and spec.k % 8 == 0 and spec.act in (IDENTITY, RELU)
 
 
-def tile_run(spec: ConvSpec, pixels: int) -> int:
-    """Output pixels that tiles of `pixels` are cut from; the halo form's include some that do not exist."""
+def takes_positions(spec: ConvSpec) -> bool:
+    """Some outputs have taps in the padding, none has all there."""
+    taps = [box_taps(spec, axis, 1) for axis in (0, 1)]
+    skips = any(min(found) < extent for found, extent in zip(taps, spec.kernel, strict=True))
+    return skips and min(map(min, taps)) > 0 and spec.k % 8 == 0
+
+
+def tile_run(spec: ConvSpec, pixels: int, by_position: int = 0) -> int:
+    """Output pixels that tiles of `pixels` are cut from; the halo form's include some that do not exist, and so do
+    whole tiles `by_position`, of so many pixels."""
+    if by_position:
+        return spec.p * spec.q * ceil_div(spec.n, by_position) * by_position
     if pixels % _HALO_ROW:
         return spec.n * spec.p * spec.q
     return ceil_div(spec.n * spec.w, _HALO_ROW) * ceil_div(spec.h, pixels // _HALO_ROW) * pixels
@@ -59,6 +74,7 @@ def tiles_for(spec: ConvSpec, target: Target) -> tuple[ThroughputConfig, ...]:
     return _configs(spec, _steps(spec), target)
 
 
+@lru_cache(maxsize=1024)
 def _configs(spec: ConvSpec, steps: int, target: Target, dual: bool = False) -> tuple[ThroughputConfig, ...]:
     """By a model of the time, in clocks of an SM. Unmeasured.
 
@@ -67,9 +83,11 @@ def _configs(spec: ConvSpec, steps: int, target: Target, dual: bool = False) -> 
     a clock and SM: what a Gluon kernel without clusters drew when it took 80 us for 256 -> 256 3x3 @14), whichever
     is more, and 15 % of the other two, for what does not overlap; a cluster reads its weights from the L2 once. The
     halo form takes three taps at a step, and reads two rows of pixels beside its own. Beside the steps stand the
-    epilogue (32 elements a clock) and 600 for filling and draining the pipeline.
+    epilogue (32 elements a clock) and 600 for filling and draining the pipeline. By position, tiles have fewer steps at
+    the edges, and a cluster that is done takes the next: such tiles are listed where that ends first.
     """
-    found = []
+    found, by_position = [], []
+    positions = not dual and spec.n >= 64 and spec.p * spec.q <= 1024 and takes_positions(spec)
     for filters, pixels in TILES + (HALO_TILES if not dual and takes_halo(spec) else ()):
         halo = pixels % _HALO_ROW == 0
         taps, loaded = (3, pixels + 2 * _HALO_ROW) if halo else (1, pixels)
@@ -85,7 +103,31 @@ def _configs(spec: ConvSpec, steps: int, target: Target, dual: bool = False) -> 
             step = 0.85 * max(parts) + 0.15 * sum(parts)
             clocks = waves * (steps / taps * step + filters * pixels / 32 + 600)
             found.append((clocks, ThroughputConfig(filters, pixels, cluster)))
+            if positions and not halo and filters <= 128:
+                tiles = ceil_div(spec.n, pixels * cluster) * ceil_div(spec.k, filters)
+                cost = [n * ceil_div(spec.c, _STEP) * step + filters * pixels / 32 + 600 for n in _taps(spec)]
+                clocks = _end(cost, tiles, max(1, target.sms // cluster))
+                by_position.append((clocks, ThroughputConfig(filters, pixels, cluster, True)))
+    least = min(clocks for clocks, _ in found)
+    found += [pair for pair in by_position if pair[0] < least]
     return tuple(config for _, config in sorted(found, key=lambda pair: pair[0]))
+
+
+def _taps(spec: ConvSpec) -> list[int]:
+    """Taps inside the image of every output position, in the order of Position in kernels/cuda/sm90_conv.h."""
+    rows, columns = (box_taps(spec, axis, 1) for axis in (0, 1))
+    taps = [r * s for r in rows for s in columns]
+    first = (spec.q + 1) % len(taps)
+    return taps[first:] + taps[:first]
+
+
+def _end(cost: Sequence[float], each: int, workers: int) -> float:
+    """When all is done, `each` pieces of every cost in turn, each piece by the worker that is free first."""
+    free = [0.0] * workers
+    for clocks in cost:
+        for _ in range(each):
+            heapq.heapreplace(free, free[0] + clocks)
+    return max(free)
 
 
 def why_not(spec: ConvSpec, name: str) -> str | None:
@@ -142,6 +184,7 @@ class Sm90ConvBnAct(CudaCandidate):
             config.filters,
             config.pixels,
             config.cluster,
+            config.by_position,
         )
         return self.launch(torch.ops.fastres_cuda.sm90_conv_bn_act, (buffers, constants), *args)
 
@@ -191,6 +234,7 @@ class Sm90Dual(CudaCandidate):
             config.filters,
             config.pixels,
             config.cluster,
+            config.by_position,
         )
         return self.launch(torch.ops.fastres_cuda.sm90_conv_bn_act, (buffers, constants), *args)
 

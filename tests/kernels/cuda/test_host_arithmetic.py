@@ -10,8 +10,8 @@ import torch
 from problems import conv_problem, network_problems, random_problems
 
 from fastres.backends.cuda.conv_bn_act import merged_groups
-from fastres.backends.cuda.latency import best_box
-from fastres.backends.cuda.sm90_conv_bn_act import HALO_TILES, TILES, takes_halo
+from fastres.backends.cuda.latency import best_box, box_taps
+from fastres.backends.cuda.sm90_conv_bn_act import HALO_TILES, TILES, takes_halo, takes_positions
 from fastres.plan.pattern import CONV_BN_ACT
 
 NETWORKS = ("resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2")
@@ -162,6 +162,20 @@ _HALO_SHAPES = [
     (60, 8, 3, 1, 8),
     (9, 16, 5, 8, 24),
 ]
+
+
+def test_tiles_by_position_cover_every_output_and_leave_the_padding_out(c):
+    rng, total, seen = random.Random(2), ctypes.c_long(), 0
+    specs = [spec for spec in (*_random_specs(500), *_network_specs(64)) if takes_positions(spec)]
+    for spec in specs:
+        spec = replace(spec, groups=1, c=8 * rng.randint(1, 20), n=rng.randint(1, 5))
+        pixels, cluster = rng.choice((128, 256)), rng.choice((1, 2))
+        assert c.check_positions(_numbers(spec), 128, pixels, cluster, ctypes.byref(total)) == 0, spec
+        rows, columns = (sum(box_taps(spec, axis, 1)) for axis in (0, 1))
+        tiles = -(-spec.n // (pixels * cluster)) * cluster
+        assert total.value == rows * columns * -(-spec.c // 64) * tiles
+        seen += 1
+    assert seen > 50
 
 
 def test_tensors_beyond_the_l2_are_streamed_and_their_filters_kept(c):

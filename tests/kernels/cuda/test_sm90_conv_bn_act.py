@@ -23,6 +23,10 @@ CANDIDATE, DUAL_CANDIDATE = Sm90ConvBnAct(), Sm90Dual()
 BF16, FP16 = torch.bfloat16, torch.float16
 CONFIGS = [ThroughputConfig(*tile, cluster) for tile in TILES for cluster in (1, 2)]
 HALO_CONFIGS = [ThroughputConfig(*tile, cluster) for tile in HALO_TILES for cluster in (1, 2)]
+POSITION_CONFIGS = [
+    ThroughputConfig(*tile, cluster, True)
+    for tile, cluster in zip(((128, 256), (128, 128), (64, 256), (128, 128)), (1, 2, 2, 1), strict=True)
+]
 # What decides the path: maps plain or im2col, depth ragged, residual by TMA, by elements or none, activation, tickets.
 CASES = {
     "1x1, residual": (conv_problem(1, 72, 9, 7, 136, 1, BF16, residual=True, act=RELU), CONFIGS),
@@ -46,6 +50,12 @@ CASES = {
     ),
     "halo, two images a row": (conv_problem(1, 72, 9, 28, 64, 3, FP16, act=RELU), HALO_CONFIGS[2:3]),
     "halo, many tiles": (conv_problem(9, 8, 9, 7, 72, 3, BF16, residual=True), HALO_CONFIGS[:2]),
+    "by position": (conv_problem(3, 24, 3, 4, 72, 3, BF16, residual=True, act=RELU), POSITION_CONFIGS[::2]),
+    "by position, stride 2": (conv_problem(130, 8, 5, 3, 72, 3, FP16, stride=2), POSITION_CONFIGS[1::3]),
+    "by position, dilation": (
+        conv_problem(2, 24, 5, 7, 64, 3, BF16, dilation=2, act=Activation("silu")),
+        POSITION_CONFIGS[:1],
+    ),
     "odd filters": (conv_problem(3, 64, 6, 6, 131, 1, FP16, residual=True, act=RELU), CONFIGS[1::2]),
     "many tiles": (conv_problem(2, 8, 36, 30, 256, 1, BF16, residual=True, act=RELU), CONFIGS[4:6]),
     "many tiles, no residual": (conv_problem(5, 24, 17, 13, 80, 1, FP16), CONFIGS[6:]),
@@ -118,7 +128,8 @@ def test_layers_of_resnet50_on_a_gpu(dtype, batch):
             continue  # the stem's three channels
         taken += 1
         configs = CANDIDATE.configs(problem, H100)
-        assert set(configs) == {*CONFIGS, *(HALO_CONFIGS if takes_halo(problem["conv"]) else ())}
+        whole = {config for config in configs if not config.by_position}
+        assert whole == {*CONFIGS, *(HALO_CONFIGS if takes_halo(problem["conv"]) else ())}
         distinct = 3 if batch > 3 else None
         for config in configs if batch <= 3 else configs[:3]:
             check_candidate(CANDIDATE, problem, config, "cuda", runs=3, distinct=distinct)
@@ -158,6 +169,9 @@ def test_the_heuristic_fits_the_tile_to_the_layer():
     assert _choice(256, 64, 56, 56, 64, 3, act=RELU) == ThroughputConfig(64, 448, 2)
     assert _choice(256, 128, 28, 28, 128, 3, act=RELU) == ThroughputConfig(128, 224, 2)
     assert _choice(256, 128, 56, 56, 128, 3, stride=2, act=RELU) == ThroughputConfig(128, 256, 2)
+    # At 512 images the corners' and edges' shorter tiles fill the last wave.
+    assert _choice(512, 512, 7, 7, 512, 3, act=RELU).by_position
+    assert not _choice(512, 64, 56, 56, 64, 3, act=RELU).by_position
     for problem in network_problems(CONV_BN_ACT, ("resnet50",), 256):
         if CANDIDATE.accepts(problem, H100) is None:
             config, spec = CANDIDATE.configs(problem, H100)[0], problem["conv"]
@@ -213,6 +227,7 @@ def _arguments():
         filters=128,
         pixels=256,
         cluster=2,
+        by_position=False,
         record=torch.empty(1536, dtype=torch.uint8),
     )
 

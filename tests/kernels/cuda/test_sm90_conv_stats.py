@@ -35,6 +35,7 @@ CASES = {
     "odd filters": (_spec(2, 16, 6, 7, 131, 1), BF16, EVERY[2:7:2]),
     "halo, one image a row": (_spec(1, 24, 3, 56, 72, 3), FP16, EVERY[9::2]),
     "halo, eight images a row": (_spec(9, 8, 9, 7, 72, 3), BF16, EVERY[8:11:2]),
+    "by position": (_spec(3, 40, 4, 5, 72, 3), BF16, [ThroughputConfig(128, 128, 2, True)]),
     "many runs": (_spec(2, 8, 36, 30, 256, 1), FP16, EVERY[5:7]),
 }
 
@@ -158,6 +159,7 @@ def test_bad_arguments_are_refused_by_name(change, message):
         filters=64,
         pixels=256,
         cluster=2,
+        by_position=False,
         mean=torch.empty(8),
         var=torch.empty(8),
     )

@@ -167,7 +167,7 @@ EXPORT long check_sm90_conv(const int* numbers, int second_c, int filters, int p
                layout.stages % 1024 || layout.slots % 1024 || layout.barriers % 8 || p.clusters > p.tiles || p.clusters * cluster > 7;
 
   std::vector<ConvStep> steps;
-  for (ConvStep at{}; static_cast<int>(steps.size()) < p.steps; at.advance(p)) steps.push_back(at);
+  for (ConvStep at = ConvDepth::of(p, 0).first; static_cast<int>(steps.size()) < p.steps; at.advance(p)) steps.push_back(at);
   size_t step = 0;
   for (int source = 0; source < (second_c ? 2 : 1); ++source) {
     const ConvShape& of = source ? t.second_shape : v;
@@ -237,6 +237,45 @@ EXPORT long check_sm90_conv(const int* numbers, int second_c, int filters, int p
       }
     }
   for (unsigned char count : covered) wrong += count != 1;
+  return wrong;
+}
+
+// The position form: outputs are covered once, and a tile goes once through the taps that lie inside the image.
+EXPORT long check_positions(const int* numbers, int filters, int pixels, int cluster, long* total) {
+  ThroughputConv t{};
+  const ConvShape v = t.conv.shape = shape_of(numbers);
+  t.by_position = true;
+  const Sm90Conv p = sm90_conv_tiles(t, filters, pixels, cluster, 7);
+  std::vector<int> covered(v.pixels(), 0);
+  long wrong = 0;
+  *total = 0;
+  for (int tile = 0; tile < p.tiles; tile += p.tiles_k)
+    for (int rank = 0; rank < cluster; ++rank) {
+      const int first = Sm90ConvTile::of(p, tile, rank, filters, pixels).first_pixel;
+      const ConvDepth depth = ConvDepth::of(p, first);
+      std::map<std::tuple<int, int, int>, int> held;
+      ConvStep step = depth.first;
+      for (int i = 0; i < depth.steps; ++i, step.advance(p)) wrong += step.source != 0, ++held[{step.r, step.s, step.c}];
+      wrong += step.source != 1;
+      *total += depth.steps;
+      for (int i = first; i < first + pixels; ++i) {
+        const Position at = Position::of(p, i);
+        wrong += at.at != Position::of(p, first).at;
+        if (at.n >= v.n) continue;
+        const int pixel = at.n * v.p * v.q + at.at;
+        ++covered[pixel];
+        const Window window = window_of(v, pixel);
+        const WindowStart start = at.window(p);
+        wrong += start.w != window.column || start.h != window.row || start.n != at.n;
+        size_t needed = 0;
+        for (int r = 0; r < v.r; ++r)
+          for (int s = 0; s < v.s; ++s)
+            for (int c = 0; c < (v.c + 63) / 64 && Tap{r, s, 0}.valid(v, window.row, window.column); ++c, ++needed)
+              wrong += held[{r, s, c}] != 1;
+        wrong += needed != held.size();
+      }
+    }
+  for (int count : covered) wrong += count != 1;
   return wrong;
 }
 

@@ -27,6 +27,10 @@ inline void store_box(const TensorMap* map, uint32_t from, int c0, int c1, Polic
   check_policy(policy);
   store_box(map, from, c0, c1);
 }
+inline void store_box(const TensorMap* map, uint32_t from, int c0, int c1, int c2, Policy policy) {
+  check_policy(policy);
+  store_any(map, from, 3, {c0, c1, c2, 0, 0});
+}
 inline void store_box(const TensorMap* map, uint32_t from, int c0, int c1, int c2, int c3, Policy policy) {
   check_policy(policy);
   store_box(map, from, c0, c1, c2, c3);
