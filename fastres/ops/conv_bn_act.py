@@ -176,6 +176,12 @@ def _impl(
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
     out = out.contiguous(memory_format=torch.channels_last)
+    if mean is not None and (whole := primitives.find("bn_act_forward", out)) is not None:
+        # the convolution's bias moves the mean
+        moved = mean if conv_bias is None else mean - conv_bias
+        vectors = (bn_weight, bn_bias, moved, var, None, None)
+        if whole(out, like(residual, out), *vectors, False, 0.0, eps, act, act_param, out):
+            return out
     scale, shift = _epilogue(out, conv_bias, bn_weight, bn_bias, mean, var, eps)
     if out.numel():
         primitives.get("bn_act", out)(out, like(residual, out), scale, shift, act, act_param, out)
