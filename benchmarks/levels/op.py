@@ -30,6 +30,8 @@ def cases(scope: Scope) -> list[Case]:
                     bn_act.case(shape, dtype, scope.device, backward=False),
                     bn_act.case(shape, dtype, scope.device, backward=True),
                     conv_bn_act.case(layer, batch, dtype, scope.device, level="op"),
-                    conv_stats.case((batch, spec.c, size, size), channels, dtype, scope.device),
                 ]
+                narrow = (batch, spec.c, size, size)
+                for outputs, kernel in ((channels, 1), (spec.c, 3)):
+                    found.append(conv_stats.case(narrow, outputs, kernel, dtype, scope.device))
     return found

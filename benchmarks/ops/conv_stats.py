@@ -1,4 +1,4 @@
-"""conv_stats: a 1x1 convolution, batch normalisation by its output's own statistics and ReLU; forward."""
+"""conv_stats: a convolution, batch normalisation by its output's own statistics and ReLU; forward."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from benchmarks.case import Case, Subject, activations
 class ConvBNReLU(nn.Module):
     """relu(bn(conv(x))) in training."""
 
-    def __init__(self, c: int, k: int):
+    def __init__(self, c: int, k: int, kernel: int):
         super().__init__()
-        self.conv, self.bn = nn.Conv2d(c, k, 1, bias=False), nn.BatchNorm2d(k)
+        self.conv = nn.Conv2d(c, k, kernel, padding=kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(k)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.bn(self.conv(x)))
@@ -33,17 +34,18 @@ class OursConvBNReLU(ConvBNReLU):
 def case(
     shape: tuple[int, ...],
     outputs: int,
+    kernel: int,
     dtype: torch.dtype,
     device: torch.device,
     level: str = "op",
     clock: str = "kernel",
 ) -> Case:
-    """`shape` of x; `outputs`: output channels."""
+    """`shape` of x; `outputs`: output channels; `kernel`: the convolution's size, at stride 1."""
 
     def make() -> Subject:
         def module(body: type[ConvBNReLU]) -> nn.Module:
             torch.manual_seed(0)
-            made = body(shape[1], outputs)
+            made = body(shape[1], outputs, kernel)
             nn.init.uniform_(made.bn.weight, 0.5, 1.2)
             nn.init.normal_(made.bn.bias, std=0.1)
             made.conv.to(dtype)
@@ -64,11 +66,11 @@ def case(
     return Case(
         level,
         "conv_stats",
-        f"conv_stats {'x'.join(map(str, shape))} to {outputs} bn relu",
+        f"conv_stats {'x'.join(map(str, shape))} to {outputs} {kernel}x{kernel} bn relu",
         shape[0],
         dtype,
         device,
-        [(elements * dtype.itemsize, 2 * pixels * shape[1] * outputs)],
+        [(elements * dtype.itemsize, 2 * pixels * shape[1] * outputs * kernel**2)],
         make,
         clock=clock,
     )
