@@ -292,6 +292,14 @@ def test_unknown_library_is_refused():
 
 
 @needs_compiler
+def test_the_real_cpu_library_builds_where_a_compiler_is():
+    """Without it PyTorch's own calls stand in, and every other test of it would be skipped, silently."""
+    if os.environ.get("FASTRES_BUILD") == "0":
+        pytest.skip("FASTRES_BUILD=0 forbids to build it")
+    assert native.available("cpu") is None
+
+
+@needs_compiler
 def test_library_uses_the_stable_abi_alone():
     """One build must serve every torch from 2.10 on: LibTorch's C symbols, nothing of at:: or c10::."""
     if shutil.which("nm") is None:
