@@ -33,6 +33,11 @@ _SCHEMAS = (
     "Tensor(b!) sum_dy_xhat, Tensor(d!)? grad_residual) -> ()",
     f"bn_act_backward({_BACKWARD.format(x='?')}, Tensor? mean_dy, Tensor? mean_dy_xhat, Tensor(a!) grad_x, "
     "Tensor(b!)? grad_residual) -> ()",
+    "bn_act_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, Tensor? mean, Tensor? var, bool training, float momentum, float eps, int act, "
+    "float act_param, Tensor(c!)? out) -> Tensor[]",
+    "bn_act_gradients(Tensor grad, Tensor? x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor mean, "
+    "Tensor invstd, Tensor? out, bool batch_stats, int act, float act_param, int wanted) -> Tensor[]",
     "run_records(Tensor records, int device) -> ()",
     # geometry: filter height and width, stride, padding, dilation (height, width each), groups.
     "sm80_conv_bn_act(Tensor x, Tensor weight, Tensor scale, Tensor shift, Tensor? residual, Tensor out, "
@@ -188,6 +193,12 @@ def bn_act_backward(
     """grad_x = weight * invstd * (dz - mean_dy - xhat * mean_dy_xhat); grad_residual = dz."""
     shared = (grad, x, residual, out, mean, invstd, weight, bias, act, act_param)
     _call(_ops.bn_act_backward, *shared, mean_dy, mean_dy_xhat, grad_x, grad_residual)
+
+
+# One call each way for all of bn_act, as they are: on small tensors every frame counts. backends/cpu_ops.py says what
+# they take and return; here running statistics are float64 exactly where the activations are.
+bn_act_forward = _ops.bn_act_forward.default
+bn_act_gradients = _ops.bn_act_gradients.default
 
 
 def conv_stats(

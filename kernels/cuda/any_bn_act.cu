@@ -132,24 +132,10 @@ Record typed(BnAct p, BnPass pass) {
                      "bn_act_backward");
 }
 
-template <class A, class R>
+template <class A>
 __global__ void __launch_bounds__(kBnThreads) bn_finalize_kernel(const __grid_constant__ BnFinalize p) {
   const int c = blockIdx.x * kBnThreads + threadIdx.x;
-  if (c >= p.c) return;
-  const auto at = [c](const void* v, A otherwise) { return v ? static_cast<const A*>(v)[c] : otherwise; };
-  const A mean = at(p.mean, A(0)), var = at(p.var, A(0));
-  const A invstd = A(1) / sqrt(var + static_cast<A>(p.eps));
-  const A scale = invstd * at(p.weight, A(1));
-  static_cast<A*>(p.invstd)[c] = invstd;
-  static_cast<A*>(p.scale)[c] = scale;
-  static_cast<A*>(p.shift)[c] = at(p.bias, A(0)) - mean * scale;
-  if (p.running_mean) {
-    const A momentum = static_cast<A>(p.momentum);
-    R* m = static_cast<R*>(p.running_mean) + c;
-    R* v = static_cast<R*>(p.running_var) + c;
-    *m = narrow<R>(static_cast<Acc<R>>(widen(*m) + momentum * (mean - widen(*m))));
-    *v = narrow<R>(static_cast<Acc<R>>(widen(*v) + momentum * (var * static_cast<A>(p.unbiased) - widen(*v))));
-  }
+  if (c < p.c) finalize(p, c, static_cast<const A*>(p.mean)[c], static_cast<const A*>(p.var)[c]);
 }
 
 }  // namespace
@@ -163,15 +149,10 @@ Record bn_act_record(const BnAct& p, Type type, BnPass pass) {
   }
 }
 
-Record bn_finalize_record(const BnFinalize& p, Type type, Type running_type) {
+Record bn_finalize_record(const BnFinalize& p, Type type) {
   const Shape shape{dim3(static_cast<unsigned>(ceil_div(p.c, kBnThreads))), kBnThreads};
-  const auto record = [&](auto kernel) { return make_record(kernel, shape, p, "bn_finalize"); };
-  if (type == Type::kFp64) return record(bn_finalize_kernel<double, double>);
-  switch (running_type) {
-    case Type::kBf16: return record(bn_finalize_kernel<float, bf16>);
-    case Type::kFp16: return record(bn_finalize_kernel<float, fp16>);
-    default: return record(bn_finalize_kernel<float, float>);
-  }
+  return make_record(type == Type::kFp64 ? bn_finalize_kernel<double> : bn_finalize_kernel<float>, shape, p,
+                     "bn_finalize");
 }
 
 }  // namespace fastres

@@ -78,4 +78,34 @@ FASTRES_DEVICE Pack<T, V> load_if(const void* base, bool wanted, int64_t offset)
   return pack;
 }
 
+template <class R, class A>
+FASTRES_DEVICE void move_running(const BnFinalize& p, int64_t c, A mean, A var) {
+  const A momentum = static_cast<A>(p.momentum);
+  R* m = static_cast<R*>(p.running_mean) + c;
+  R* v = static_cast<R*>(p.running_var) + c;
+  *m = narrow<R>(static_cast<Acc<R>>(widen(*m) + momentum * (mean - widen(*m))));
+  *v = narrow<R>(static_cast<Acc<R>>(widen(*v) + momentum * (var * static_cast<A>(p.unbiased) - widen(*v))));
+}
+
+// One channel of bn_finalize.
+template <class A>
+FASTRES_DEVICE void finalize(const BnFinalize& p, int64_t c, A mean, A var) {
+  const auto at = [c](const void* v, A otherwise) { return v ? static_cast<const A*>(v)[c] : otherwise; };
+  const A invstd = A(1) / sqrt(var + static_cast<A>(p.eps));
+  const A scale = invstd * at(p.weight, A(1));
+  static_cast<A*>(p.invstd)[c] = invstd;
+  static_cast<A*>(p.scale)[c] = scale;
+  static_cast<A*>(p.shift)[c] = at(p.bias, A(0)) - mean * scale;
+  if (!p.running_mean) return;
+  if constexpr (std::is_same_v<A, double>) {
+    move_running<double>(p, c, mean, var);
+  } else {
+    switch (p.running_type) {
+      case Type::kBf16: return move_running<bf16>(p, c, mean, var);
+      case Type::kFp16: return move_running<fp16>(p, c, mean, var);
+      default: return move_running<float>(p, c, mean, var);
+    }
+  }
+}
+
 }  // namespace fastres

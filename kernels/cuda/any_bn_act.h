@@ -5,17 +5,29 @@
 
 namespace fastres {
 
+// Finishing: scale, shift and running statistics from mean and var, all [C].
+struct BnFinalize {
+  int c;
+  const void *mean, *var, *weight, *bias;
+  void *running_mean, *running_var;  // null or `running_type`, which is fp64 exactly where mean is
+  double momentum, eps, unbiased;    // unbiased = count / (count - 1)
+  void *invstd, *scale, *shift;
+  Type running_type;
+};
+
 struct BnAct {
   int64_t n, c, s;
   int nhwc, act;
   double act_param;
   const void *x, *residual, *grad, *saved_out;                          // element type
   const void *scale, *shift;                                            // [C], forward
-  const void *mean, *invstd, *weight, *bias, *mean_dy, *mean_dy_xhat;   // [C], backward; weight … may be null
+  const void *mean, *invstd, *weight, *bias;                            // [C], backward; weight and bias may be null
+  void *mean_dy, *mean_dy_xhat;                                         // [C] or null: written with the sums, then read
   void *out, *grad_residual;                                            // element type
   void* partial;                                                        // [kMaxChunks, C, 3] of the computed type
   void* merged;                                                         // as partial; null: result0 and result1
   void *result0, *result1;                                              // [C]: mean, var or sum_dy, sum_dy_xhat
+  BnFinalize finalize;                                                  // done with mean and var, if it has an invstd
 
   // Filled in by the record functions: the tensor as rows of vectors (NCHW: a row is one channel's plane).
   int64_t rows, cols;
@@ -45,15 +57,6 @@ int merge_moments_records(const MergeMoments& p, Record* records);
 enum class BnPass { kForward, kBackward, kStats, kStatsFinish, kBackwardReduce, kBackwardReduceFinish };
 Record bn_act_record(const BnAct& p, Type type, BnPass pass);
 Record bn_reduce_record(const BnAct& p, Type type, BnPass pass);
-
-// Finishing: scale, shift and running statistics from mean and var, all [C].
-struct BnFinalize {
-  int c;
-  const void *mean, *var, *weight, *bias;
-  void *running_mean, *running_var;  // null or `running_type`
-  double momentum, eps, unbiased;    // unbiased = count / (count - 1)
-  void *invstd, *scale, *shift;
-};
-Record bn_finalize_record(const BnFinalize& p, Type type, Type running_type);
+Record bn_finalize_record(const BnFinalize& p, Type type);
 
 }  // namespace fastres

@@ -149,11 +149,19 @@ __global__ void __launch_bounds__(kBnThreads) bn_reduce_finish_kernel(const __gr
   if (p.merged) {
     static_cast<Item*>(p.merged)[blockIdx.y * p.c + c] = total;
   } else if constexpr (kStats) {
+    const A var = total.m2 / total.n;
     static_cast<A*>(p.result0)[c] = total.mean;
-    static_cast<A*>(p.result1)[c] = total.m2 / total.n;
+    static_cast<A*>(p.result1)[c] = var;
+    if (p.finalize.invstd) finalize(p.finalize, c, total.mean, var);
   } else {
+    const A dy_xhat = total.dy_x * static_cast<const A*>(p.invstd)[c];
     static_cast<A*>(p.result0)[c] = total.dy;
-    static_cast<A*>(p.result1)[c] = total.dy_x * static_cast<const A*>(p.invstd)[c];
+    static_cast<A*>(p.result1)[c] = dy_xhat;
+    if (p.mean_dy) {
+      const A count = static_cast<A>(p.n * p.s);
+      static_cast<A*>(p.mean_dy)[c] = total.dy / count;
+      static_cast<A*>(p.mean_dy_xhat)[c] = dy_xhat / count;
+    }
   }
 }
 

@@ -79,8 +79,8 @@ void bn_finalize(const Tensor& mean, const Tensor& var, const Optional& weight, 
   const double unbiased = count > 1 ? static_cast<double>(count) / static_cast<double>(count - 1) : 1.0;
   run_now(bn_finalize_record({static_cast<int>(c), pointer(mean), pointer(var), pointer(weight), pointer(bias),
                               pointer(running_mean), pointer(running_var), momentum, eps, unbiased, pointer(invstd),
-                              pointer(scale), pointer(shift)},
-                             type, running),
+                              pointer(scale), pointer(shift), running},
+                             type),
           mean);
 }
 

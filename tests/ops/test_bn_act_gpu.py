@@ -99,9 +99,10 @@ def test_a_captured_step_repeats_and_moves_the_statistics(backend):
     torch.testing.assert_close(bn.state_dict(), eager.state_dict())
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_launches_of_a_layer(name):
-    """Statistics 2, finalize 1, apply 1; reduce 2, means 1 or 2, apply 1."""
+@pytest.mark.parametrize(("name", "most"), [("cuda", 6), ("triton", 9)])
+def test_launches_of_a_layer(name, most):
+    """Statistics 2, finalize 1, apply 1; reduce 2, means 1 or 2, apply 1. CUDA's statistics finalize, and its sums are
+    means too."""
     if why := {n: w for n, _, w in primitives.candidates("bn_stats", DEVICE, torch.bfloat16)}[name]:
         pytest.skip(f"{name}: {why}")
     x = torch.randn(8, 64, 14, 14, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
@@ -120,7 +121,7 @@ def test_launches_of_a_layer(name):
             step()
             torch.cuda.synchronize()
     launched = [e.name for e in prof.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert 0 < len(launched) <= 9, launched
+    assert 0 < len(launched) <= most, launched
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fastres.backends.cuda.sm90_conv_bn_act import HALO_TILES, TILES
 
 pytestmark = pytest.mark.gate
 _SECONDS = 180  # on 2 cores
+_ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +133,22 @@ def test_symbols_are_stable_abi_only(built):
     assert not unstable
     # The driver is reached through the runtime, so that the library loads where there is no GPU.
     assert not [name for name in wanted if re.match(r"cu[A-Z]", name)]
+
+
+def test_every_schema_has_a_kernel_and_bn_act_refuses_what_is_not_on_a_gpu(built):
+    """In a process of its own: the emulated library may be loaded here, and registers the same ops."""
+    if torch.version.cuda is None:
+        pytest.skip("this torch has no CUDA runtime: the library cannot be loaded")
+    script = f"""
+import torch, fastres.backends.cuda_ops as ops
+torch.ops.load_library({str(built[0])!r})
+missing = [s for s in ops._SCHEMAS if not torch._C._dispatch_has_kernel_for_dispatch_key(
+    "fastres_cuda::" + s[:s.index("(")], "CompositeExplicitAutograd")]
+assert not missing, missing
+for device in ("cpu", "meta"):
+    x, v = torch.ones(2, 3, 4, 4, device=device), torch.ones(3, device=device)
+    assert ops.bn_act_forward(x, x, v, v, v, v, None, None, True, 0.1, 1e-5, 1, 0.0, None) == []
+    assert ops.bn_act_gradients(x, x, x, v, v, v, v, x, True, 1, 0.0, 15) == []
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=_ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
