@@ -18,6 +18,7 @@ def cases(scope: Scope) -> list[Case]:
     batches = scope.batches or scope.pick(
         smoke=(2,), quick=(8,), cuda_quick=(256,), full=(1, 8, 32), cuda_full=(32, 256)
     )
+    kernels = scope.pick(smoke=(1, 3), quick=(1,), cuda_quick=(1, 3), full=(1, 3))
     found = []
     for dtype in scope.part_dtypes:
         for batch in batches:
@@ -32,6 +33,7 @@ def cases(scope: Scope) -> list[Case]:
                     conv_bn_act.case(layer, batch, dtype, scope.device, level="op"),
                 ]
                 narrow = (batch, spec.c, size, size)
-                for outputs, kernel in ((channels, 1), (spec.c, 3)):
+                for kernel in kernels:
+                    outputs = channels if kernel == 1 else spec.c
                     found.append(conv_stats.case(narrow, outputs, kernel, dtype, scope.device))
     return found

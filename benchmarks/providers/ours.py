@@ -11,6 +11,7 @@ from benchmarks.case import Call, Case, Subject
 from benchmarks.providers.base import Provider
 from benchmarks.scope import Scope
 from fastres.plan.context import Context
+from fastres.plan.planner import NoCandidate
 
 BACKENDS = {
     "reference": ("cpu", "cuda"),
@@ -61,7 +62,10 @@ class Plan(Provider):
 
     def _require_its_own_kernels(self, plan: torch.nn.Module, subject: Subject) -> None:
         """A backend that has no kernel for the problem leaves it to PyTorch: that is not its time."""
-        plan(*subject.inputs)
+        try:
+            plan(*subject.inputs)
+        except NoCandidate as error:
+            raise NotImplementedError(f"no kernel of its own here: {error}") from error
         report = plan.report(measure=False)
         steps = [row for part in (report, *report.parts) for row in part.rows]
         if any(row.candidate.startswith(f"{self.backend}.") for row in steps):
