@@ -82,7 +82,7 @@ class WinogradConvBnAct(Candidate):
         scale, shift = parameters["conv"].scale_shift()
         weight = parameters["conv"].weight.double() * scale.double().view(-1, 1, 1, 1)
         k, c = weight.shape[:2]
-        packed = torch.empty(16 * c * (-(-k // 16) * 16))
+        packed = torch.empty(16 * c * (-(-k // 16) * 16), dtype=torch.float32)
         cpu_ops.winograd_pack(weight.contiguous(), packed)
         return packed, shift.float()
 
@@ -96,7 +96,7 @@ class WinogradConvBnAct(Candidate):
         in_place = "conv.residual" in buffers.donated
 
         def launch(x: Tensor, residual: Tensor | None = None) -> Tensor:
-            y = residual if in_place else torch.empty_strided(shape, strides)
+            y = residual if in_place else torch.empty_strided(shape, strides, dtype=torch.float32)
             cpu_ops.winograd_conv_bn_act(x, packed, shift, residual, act, param, padding, y)
             return y
 

@@ -52,9 +52,9 @@ class Linear(TritonCandidate):
     def prepare(self, problem, config, parameters):
         layer = parameters["linear"]
         weight = layer.weight
-        bias = (
-            torch.zeros(weight.shape[0], device=weight.device) if layer.bias is None else layer.bias.float()
-        )
+        # not in the user's default dtype
+        none = torch.zeros(weight.shape[0], dtype=torch.float32, device=weight.device)
+        bias = none if layer.bias is None else layer.bias.float()
         return krsc(weight[:, :, None, None], problem.dtype), torch.ones_like(bias), bias.contiguous()
 
     def calls(self, problem: Problem, config: ConvConfig, buffers: Buffers, constants) -> list[Call]:

@@ -260,3 +260,16 @@ def test_nothing_to_do_is_done(shape, winograd):
     k = 6 if shape[0] == 0 else 0
     out = torch.empty(shape[0], k, 4, 4).to(memory_format=CL)
     call(X[: shape[0]], PACKED if k else PACKED[:0], SHIFT[:k], out=out)
+
+
+def test_the_users_default_dtype_does_not_matter(winograd):
+    module = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64)).eval()
+    fast, x = fastres.accelerate(module), torch.randn(1, 64, 56, 56)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            assert fast(x).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(before)
+    assert [row.candidate for row in fast.report(measure=False).rows] == [winograd.name]
