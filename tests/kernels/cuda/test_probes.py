@@ -215,6 +215,14 @@ def test_the_emulator_refuses_what_a_gpu_would_get_wrong_now_and_then(what, word
     assert (words or "") in error.value.decode()
 
 
+@pytest.mark.parametrize("offset", [0, 16, 48])
+def test_a_tensor_map_is_encoded_where_the_driver_takes_it_wherever_the_caller_keeps_it(offset):
+    """g++ 12 gives a temporary that holds a result 16 bytes of alignment, whatever its type asks for."""
+    error = ctypes.create_string_buffer(256)
+    refused = emulated.library().emulator_map_refusal(offset, error)
+    assert not refused, error.value.decode()
+
+
 def test_products_of_every_width(hopper):
     """Whole numbers are exact: a descriptor, a step along the depth, a fragment or a width that is wrong shows."""
     kinds = [(n, False) for n in (32, 64, 128, 224, 256)] + [(64, True), (256, True)]

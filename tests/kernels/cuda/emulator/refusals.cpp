@@ -1,5 +1,6 @@
 // Kernels that are wrong in one thing each, which would show on a GPU only now and then: the emulator must refuse them.
 #include <cstdio>
+#include <new>
 
 #include "launch.h"
 #include "ptx_cluster.cuh"
@@ -54,6 +55,22 @@ extern "C" __attribute__((visibility("default"))) int emulator_refusal(int what,
     f.size[0] = f.box[0] = 64, f.size[1] = f.box[1] = 8, f.stride[0] = 128;
     const Record record = make_record(wrong_kernel, Shape{dim3(1), 128, 16384}, Wrong{make_tensor_map(f), what}, "wrong");
     launch(&record, 1, nullptr);
+    return 0;
+  } catch (const std::exception& e) {
+    std::snprintf(error, 256, "%s", e.what());
+    return 1;
+  }
+}
+
+// A map made where its caller keeps it, `offset` bytes past a multiple of 64 as g++'s temporaries are: 0, or the
+// emulator's words in `error` [256].
+extern "C" __attribute__((visibility("default"))) int emulator_map_refusal(int offset, char* error) {
+  alignas(64) static unsigned char tensor[1024], kept[64 + sizeof(TensorMap)];
+  try {
+    TensorMapFields f{Type::kFp16, 2, tensor};
+    f.size[0] = f.box[0] = 64, f.size[1] = f.box[1] = 8, f.stride[0] = 128;
+    ::new (kept + offset) TensorMap(make_tensor_map(f));
+    if (std::memcmp(kept + offset, &f, sizeof f)) throw std::runtime_error("the map is another");
     return 0;
   } catch (const std::exception& e) {
     std::snprintf(error, 256, "%s", e.what());
