@@ -8,6 +8,7 @@ from fastres.backends.triton_hopper.base import (
     Call,
     HopperCandidate,
     Layer,
+    claims,
     descriptor,
     multiprocessors,
     prepare_folded,
@@ -16,6 +17,7 @@ from fastres.backends.triton_hopper.base import (
 )
 from fastres.backends.triton_hopper.tiling import (
     PING_PONG,
+    TALL,
     WIDE,
     GemmConfig,
     fits,
@@ -51,12 +53,25 @@ _PICKS: dict[tuple[int, int, int, int, bool], GemmConfig] = {
     (256, 256, 3, 1, False): WIDE,  # 80 / 80
     (512, 512, 3, 1, False): GemmConfig(128, 128, stages=4, skip=True),  # 74 / 81
 }
+# The same at batch 32, where it is another one: us against cuDNN's, and the pick's above where that was timed.
+_PICKS_32: dict[tuple[int, int, int, int, bool], GemmConfig] = {
+    (64, 256, 1, 1, True): _RESIDENT,  # 45.1 / 53.0, 46.9
+    (128, 128, 3, 1, False): TALL,  # 17.2 / 18.6, 17.7
+    (256, 1024, 1, 1, True): GemmConfig(64, 256, stages=3),  # 12.1 / 13.9, 12.4
+    (256, 256, 3, 1, False): PING_PONG,  # 15.5 / 21.1, 25.9
+    (1024, 2048, 1, 2, False): TALL,  # 15.4 / 24.9, 17.8
+    (512, 2048, 1, 1, True): WIDE,  # 11.2 / 12.7, 12.3
+    (2048, 512, 1, 1, False): GemmConfig(128, 64, stages=6, staged=2),  # 12.0 / 12.2, 14.1
+    (512, 512, 3, 1, False): GemmConfig(128, 64, stages=6, staged=2),  # 22.6 / 19.1, 25.6
+}
+# Between them on a logarithmic scale, as tables are looked up.
+_NEARER_32 = 90
 # What `fastres tune` tries beside the pick: the prototypes' sweep.
 _SWEEP = (
     PING_PONG,
     GemmConfig(128, 128, stages=2, consumers=1, per_sm=2),
     WIDE,
-    GemmConfig(256, 128, stages=3, consumers=1, warps=8),
+    TALL,
     GemmConfig(128, 64, stages=6, staged=2),
     _NARROW,
     GemmConfig(64, 256, stages=3),
@@ -82,7 +97,10 @@ class HopperConv(HopperCandidate):
 
     def configs(self, problem: Problem, target: Target) -> Sequence[GemmConfig]:
         spec = problem["conv"]
-        picked = _PICKS.get((spec.c, spec.k, spec.kernel[0], spec.stride[0], spec.residual), _default(spec))
+        layer = spec.c, spec.k, spec.kernel[0], spec.stride[0], spec.residual
+        picked = _PICKS.get(layer, _default(spec))
+        if spec.n <= _NEARER_32:
+            picked = _PICKS_32.get(layer, picked)
         choices = dict.fromkeys((picked, _default(spec), *_SWEEP))
         return tuple(config for config in choices if fits(spec, config, target.sms))
 
@@ -113,6 +131,7 @@ class HopperConv(HopperCandidate):
         tiles = tiling.tiles * columns
         blocks = multiprocessors(x.device) * config.per_sm
         step = columns if config.stationary else 1
+        grid = min(blocks // step * step, tiles)
         y_desc = output_descriptor(y, spec, tiling, spec.k, config.block_n)
         arguments = {
             "counter": buffers.counters,
@@ -142,9 +161,11 @@ class HopperConv(HopperCandidate):
             "STATIONARY": int(config.stationary),
             "SKIP": int(config.skip),
             "SCALED": int(not config.folds),
+            # A consumer must know how many taps the other one's tile has.
+            "DYNAMIC": 0 if config.skip else claims(tiles, grid),
             **config.kernel_arguments(),
         }
-        return Call(conv_bn_act_kernel, min(blocks // step * step, tiles), arguments, config.options())
+        return Call(conv_bn_act_kernel, grid, arguments, config.options())
 
 
 def _default(spec: ConvSpec) -> GemmConfig:

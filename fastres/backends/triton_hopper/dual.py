@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from fastres.backends.triton_hopper.base import (
     Call,
     HopperCandidate,
+    claims,
     descriptor,
     multiprocessors,
     prepare_folded,
@@ -14,6 +15,7 @@ from fastres.backends.triton_hopper.base import (
 )
 from fastres.backends.triton_hopper.tiling import (
     PING_PONG,
+    TALL,
     WIDE,
     GemmConfig,
     fits,
@@ -50,9 +52,8 @@ class HopperDual(HopperCandidate):
         # 128+256->512@56/2 165, 256+512->1024@28/2 127 with one wide group.
         wide = shortcut.stride == (2, 2) and shortcut.c <= 512
         first = (WIDE, PING_PONG) if wide else (PING_PONG, WIDE)
-        tall = GemmConfig(256, 128, stages=3, consumers=1, warps=8)
         small = GemmConfig(64, 64, stages=6, staged=2)
-        choices = (*first, GemmConfig(64, 256, stages=3), tall, small)
+        choices = (*first, GemmConfig(64, 256, stages=3), TALL, small)
         return tuple(config for config in choices if fits(problem["expand"], config, target.sms))
 
     def busiest_ms(self, problem: Problem, target: Target) -> float:
@@ -78,6 +79,7 @@ class HopperDual(HopperCandidate):
         tiling = tiling_of(shortcut, config)
         columns = -(-expand.k // config.block_n)
         tiles = tiling.tiles * columns
+        grid = min(multiprocessors(x.device) * config.per_sm, tiles)
         block = [config.block_n, 64]
         arguments = {
             "counter": buffers.counters,
@@ -99,11 +101,10 @@ class HopperDual(HopperCandidate):
             "BK": 64,
             "NTW": tiling.counts[2],
             "ACT": expand.act.code,
+            "DYNAMIC": claims(tiles, grid),
             **config.kernel_arguments(),
         }
-        return Call(
-            dual_kernel, min(multiprocessors(x.device) * config.per_sm, tiles), arguments, config.options()
-        )
+        return Call(dual_kernel, grid, arguments, config.options())
 
 
 register(HopperDual())

@@ -9,6 +9,7 @@ from fastres.backends.triton_hopper.base import (
     Call,
     HopperCandidate,
     Layer,
+    claims,
     descriptor,
     memory,
     multiprocessors,
@@ -68,6 +69,7 @@ class HopperHalo(HopperCandidate):
         z = buffers.get("conv.residual")
         down, across = -(-spec.h // config.rows), -(-spec.w // 8)
         tiles = spec.n * down * across
+        grid = min(multiprocessors(x.device), tiles)
         arguments = {
             "counter": buffers.counters,
             "x_desc": descriptor(x, shape, box),
@@ -87,11 +89,11 @@ class HopperHalo(HopperCandidate):
             "CONSUMERS": config.consumers,
             "ACT": spec.act.code,
             "SWAP": int(config.swap),
-            "DYNAMIC": 1,
+            "DYNAMIC": claims(tiles, grid),
             "CONSUMER_REGS": 200,
             "PRODUCER_REGS": 40,
         }
-        return Call(halo_kernel, min(multiprocessors(x.device), tiles), arguments, {"num_warps": 4})
+        return Call(halo_kernel, grid, arguments, {"num_warps": 4})
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class HopperHaloRows(HopperCandidate):
 
         y_desc = rows(y)
         strips = spec.n * across
+        grid = min(multiprocessors(x.device), strips)
         arguments = {
             "counter": buffers.counters,
             "x_desc": rows(x),
@@ -161,11 +164,11 @@ class HopperHaloRows(HopperCandidate):
             "GROUPS": config.groups,
             "RESIDUAL": int(spec.residual),
             "ACT": spec.act.code,
-            "DYNAMIC": 1,
+            "DYNAMIC": claims(strips, grid),
             "CONSUMER_REGS": 200,
             "PRODUCER_REGS": 40,
         }
-        return Call(halo_rows_kernel, min(multiprocessors(x.device), strips), arguments, {"num_warps": 4})
+        return Call(halo_rows_kernel, grid, arguments, {"num_warps": 4})
 
 
 def _unfit(spec: ConvSpec) -> str | None:

@@ -59,7 +59,6 @@ class GemmConfig(Config):
             "CONSUMERS": self.consumers,
             "STAGED": self.staged,
             "STAGES": self.stages,
-            "DYNAMIC": int(not self.skip),
             "CONSUMER_REGS": 240 if self.warps == 4 else 152,
             "PRODUCER_REGS": 40,
         }
@@ -68,8 +67,9 @@ class GemmConfig(Config):
         return {"num_warps": self.warps, **({"maxnreg": 128} if self.per_sm == 2 else {})}
 
 
-# Tiles that were the fastest of several layers (one H100, batch 256, bf16, prototypes).
+# Tiles that were the fastest of several layers (one H100, batch 256 or 32, bf16, prototypes).
 WIDE = GemmConfig(128, 256, stages=3, consumers=1, warps=8)
+TALL = GemmConfig(256, 128, stages=3, consumers=1, warps=8)
 PING_PONG = GemmConfig(128, 128, stages=4)
 
 

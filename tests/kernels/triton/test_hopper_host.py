@@ -37,7 +37,8 @@ def one_thread(threads):
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Bound calls run on the machine, on at most `blocks` blocks; `machine.runs` keeps what ran."""
+    """Bound calls run on the machine, on at most `blocks` blocks, which claim their tiles; `machine.runs` keeps what
+    ran."""
 
     class Control:
         def __init__(self):
@@ -55,6 +56,7 @@ def machine(monkeypatch):
         control.seed += 1
 
     monkeypatch.setattr(base.Call, "__call__", run)
+    monkeypatch.setattr(base, "FEW_TILES", 0)
     return control
 
 
