@@ -21,6 +21,7 @@ from fastres.backends.triton_hopper.tiling import (
     WIDE,
     GemmConfig,
     fits,
+    folds,
     gemm_ms,
     input_descriptor,
     output_descriptor,
@@ -115,11 +116,11 @@ class HopperConv(HopperCandidate):
     def prepare(
         self, problem: Problem, config: GemmConfig, parameters: Mapping[str, LayerParameters]
     ) -> Layer:
-        make = prepare_folded if config.folds else prepare_layer
+        make = prepare_folded if folds(problem["conv"], config) else prepare_layer
         return make(parameters["conv"], problem.dtype, slab_of(problem["conv"].c))
 
     def prepare_key(self, problem: Problem, config: GemmConfig):
-        return problem.dtype, config.folds
+        return problem.dtype, folds(problem["conv"], config)
 
     def call(self, problem: Problem, config: GemmConfig, buffers: Buffers, constants: Layer) -> Call:
         from fastres.kernels.triton.hopper_conv_bn_act import conv_bn_act_kernel
@@ -160,7 +161,7 @@ class HopperConv(HopperCandidate):
             "ACT": spec.act.code,
             "STATIONARY": int(config.stationary),
             "SKIP": int(config.skip),
-            "SCALED": int(not config.folds),
+            "SCALED": int(not folds(spec, config)),
             # A consumer must know how many taps the other one's tile has.
             "DYNAMIC": 0 if config.skip else claims(tiles, grid),
             **config.kernel_arguments(),

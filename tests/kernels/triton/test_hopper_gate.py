@@ -70,6 +70,20 @@ def test_heuristic_configurations_of_resnet50(candidate, half):
         check(problem, config, call)
 
 
+def test_what_batch_32_chooses_otherwise_for_a_residual():
+    """Batch 256's choices stand above. Into tiles of 128 x 256 a residual spilled, and tables chose it all the
+    same."""
+    candidate = REGISTRY["hopper.conv_bn_act"]
+    large, small = (launches(candidate, ("resnet50",), n=n) for n in (256, 32))
+    choices = {problem.layer_key: config for problem, config, _ in large}
+    others = [
+        made for made in small if made[0]["conv"].residual and choices.get(made[0].layer_key) != made[1]
+    ]
+    assert any(config.block_n == 256 and config.warps == 8 for _, config, _ in others)
+    for problem, config, call in others:
+        check(problem, config, call)
+
+
 @pytest.mark.parametrize("normalize", [False, True], ids=["", "uint8"])
 @pytest.mark.parametrize("planar", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["nchw", "nhwc"])
 def test_stem_in_the_callers_order_and_type(planar, normalize):
@@ -130,6 +144,7 @@ def test_the_same_on_triton_3_6(half):
     """In one process a half: starting one takes as long as compiling several kernels."""
     tests = [f"{__file__}::test_heuristic_configurations_of_resnet50[{c}-{half}]" for c in HOPPER]
     if half:
+        tests.append(f"{__file__}::test_what_batch_32_chooses_otherwise_for_a_residual")
         tests += [
             f"{__file__}::test_stem_in_the_callers_order_and_type[nchw-{kind}]" for kind in ("", "uint8")
         ]
