@@ -95,9 +95,10 @@ def load_residual(
 @gluon.jit
 def store_results(
     out_desc, y_desc, z_buf, y_buf, out_full, z_empty, y_full, y_empty, ticket, posted, taken, tiles,
-    CHUNKS: gl.constexpr, SZ: gl.constexpr, SY: gl.constexpr,
+    CHUNKS: gl.constexpr, SZ: gl.constexpr, SY: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
-    """The store warp: gives a slot back when its store has read it."""
+    """The store warp: gives a slot back when its store has read it, for which it waits at once (EARLY) or one chunk
+    later. With two slots a group, one chunk later is when the next but one should have been fetched."""
     step = 0
     k = 0
     tile = claim(ticket, posted, taken, k, 1, SLOTS)
@@ -107,8 +108,12 @@ def store_results(
                 slot = g * SZ + step % SZ
                 mbarrier.wait(out_full.index(slot), (step // SZ) & 1)
                 tma.async_copy_shared_to_global(out_desc, [tile * 128 + g * 64, c * 64], z_buf.index(slot))
-                tma.store_wait(2)
-                mbarrier.arrive(z_empty.index(g * SZ + (step + SZ - 1) % SZ), count=1, pred=c > 0)
+                if EARLY:
+                    tma.store_wait(0)
+                    mbarrier.arrive(z_empty.index(slot), count=1)
+                else:
+                    tma.store_wait(2)
+                    mbarrier.arrive(z_empty.index(g * SZ + (step + SZ - 1) % SZ), count=1, pred=c > 0)
             step += 1
         for g in gl.static_range(2):
             slot = g * SY + k % SY
@@ -116,7 +121,8 @@ def store_results(
             tma.async_copy_shared_to_global(y_desc, [tile * 128 + g * 64, 0], y_buf.index(slot))
         tma.store_wait(0)
         for g in gl.static_range(2):
-            mbarrier.arrive(z_empty.index(g * SZ + (step + SZ - 1) % SZ), count=1)
+            if not EARLY:
+                mbarrier.arrive(z_empty.index(g * SZ + (step + SZ - 1) % SZ), count=1)
             mbarrier.arrive(y_empty.index(g * SY + k % SY), count=1)
         k += 1
         tile = claim(ticket, posted, taken, k, 1, SLOTS)
@@ -155,13 +161,15 @@ def consumer(
                 wp = wp_buf.index(stage).permute((1, 0))
                 e = warpgroup_mma(v_buf.index(slot_h), wp, e, use_acc=True, is_async=True)
             offset = gl.expand_dims(gl.load(shift_e + c * 64 + o_e), 0)
+            if SCALED and not PROJECT:
+                factor = gl.expand_dims(gl.load(scale_e + c * 64 + o_e), 0)
             slot = GROUP * SZ + step % SZ
             mbarrier.wait(z_full.index(slot), (step // SZ) & 1)
             if not PROJECT:
                 z = z_buf.index(slot).load(E)
             e = warpgroup_mma_wait(0, deps=(e,))
             if SCALED and not PROJECT:
-                e = e * gl.expand_dims(gl.load(scale_e + c * 64 + o_e), 0)
+                e = e * factor
             e = e + offset
             if not PROJECT:
                 e = e + z.to(gl.float32)
@@ -195,7 +203,7 @@ def expand_reduce_kernel(
     counter, h_desc, v_desc, z_desc, out_desc, y_desc, we_desc, wp_desc, wr_desc, scale_e, shift_e, slope_e,
     scale_r, shift_r, slope_r, tiles, C: gl.constexpr, CV: gl.constexpr, CY: gl.constexpr, K: gl.constexpr,
     SW: gl.constexpr, SZ: gl.constexpr, SH: gl.constexpr, ACT_E: gl.constexpr, ACT_R: gl.constexpr,
-    DYNAMIC: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    EARLY: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """counter: int32 [1], zero. w_e [K, C], w_p [K, CV], w_r [CY, K]; K a multiple of 64, C and CY among 64, 128, 256;
     CV 0 (no projection: v and w_p are not read) or such a number (z is not read); tiles = ceil(M / 128). At CY = 256
@@ -264,7 +272,7 @@ def expand_reduce_kernel(
             h_empty, w_full, w_empty, ticket, posted, taken, tiles, PROJECT, CHUNKS, SW, SH)),
         (load_residual, (z_desc, z_buf, z_full, z_empty, ticket, posted, taken, tiles, PROJECT, CHUNKS, SZ)),
         (store_results, (out_desc, y_desc, z_buf, y_buf, out_full, z_empty, y_full, y_empty, ticket, posted,
-            taken, tiles, CHUNKS, SZ, SY)),
+            taken, tiles, CHUNKS, SZ, SY, EARLY)),
         (schedule, (counter, ticket, posted, taken, tiles, 1, 1, DYNAMIC, SLOTS)),
     ], [4, 1, 1, 1, 1], [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS, PRODUCER_REGS])
     # fmt: on

@@ -18,8 +18,8 @@ stores, 333 us at 5.5 TB/s, beside 343 us of DRAM traffic; with the halo 1.3 GB,
 hopper_halo_rows.py, need nine boxes resident, 72 KB instead of 40: that leaves 2 slots for the residual, of which a
 tile uses 5 for about 1.7 us each, 4.3 us where 3.6 are to be had.
 
-PROJECT: v's tile takes the ring step of x after the 3x3's boxes, and is given back when the last chunk has
-used it.
+PROJECT: v's tile takes the ring step of x after the 3x3's boxes. It goes into registers at once: were it held until
+the last chunk has used it, the other group's v could only then be fetched, and every tile would wait for it.
 
 Rings are shared by the groups. Turns keep a group from waiting on a slot whose previous phase is still
 open, since an mbarrier wait sees only the phase's parity.
@@ -139,8 +139,8 @@ def store_results(
     out_desc, y_desc, z_buf, out_full, z_empty, ticket, posted, taken, tiles, NTH: gl.constexpr,
     NTW: gl.constexpr, CHUNKS: gl.constexpr, REDUCED: gl.constexpr, SZ: gl.constexpr, SW: gl.constexpr,
 ):  # fmt: skip
-    """The store warp takes finished slots in ring order, keeps SW + 1 stores in flight, and gives a slot
-    back when its store has read it."""
+    """The store warp takes finished slots in ring order and gives a slot back when its store has read it, which it
+    asks SW stores later."""
     step = 0
     k = 0
     tile = claim(ticket, posted, taken, k, 1, SLOTS)
@@ -158,10 +158,9 @@ def store_results(
 
 
 @gluon.jit
-def epilogue(acc, scale, shift, at, o_k):
-    """scale * acc + shift for 64 channels from `at` on."""
-    factor = gl.expand_dims(gl.load(scale + at + o_k), 0)
-    return acc * factor + gl.expand_dims(gl.load(shift + at + o_k), 0)
+def channels(vector, at, o_k):
+    """[1, 64]: a scale or shift from channel `at` on. Loaded before a wait, its latency hides under it."""
+    return gl.expand_dims(gl.load(vector + at + o_k), 0)
 
 
 @gluon.jit
@@ -218,17 +217,22 @@ def consumer(
             step_x += 1
         if CONSUMERS > 1:
             mbarrier.arrive(turn_c.index((GROUP + 1) % CONSUMERS), count=1)
+        factor = channels(scale_c, 0, o_k)
+        offset = channels(shift_c, 0, o_k)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(x_empty.index(last), count=1)
         step_x += (BOXES + PROJECT) * (CONSUMERS - 1)
-        h = gl.convert_layout(activate(epilogue(acc, scale_c, shift_c, 0, o_k), ACT_C, slope_c).to(dtype), A)
+        if PROJECT:
+            if HALO:
+                v_buf = x_buf.index(slot_v * 10)._reinterpret(dtype, [64, 64], ROWS64)
+            else:
+                v_buf = x_buf.index(slot_v)._reinterpret(dtype, [64, 64], ROWS64)
+            v = gl.convert_layout(v_buf.load(ACC), A)
+            mbarrier.arrive(x_empty.index(slot_v), count=1)
+        h = gl.convert_layout(activate(acc * factor + offset, ACT_C, slope_c).to(dtype), A)
         none = gl.zeros((64, 64), gl.float32, ACC)
         e = warpgroup_mma(h, we_buf.index(zero).permute((1, 0)), none, use_acc=False, is_async=True)
         if PROJECT:
-            if HALO:
-                v = x_buf.index(slot_v * 10)._reinterpret(dtype, [64, 64], ROWS64)
-            else:
-                v = x_buf.index(slot_v)._reinterpret(dtype, [64, 64], ROWS64)
             e = warpgroup_mma(v, wp_buf.index(zero).permute((1, 0)), e, use_acc=True, is_async=True)
         y0 = none
         y1 = none
@@ -237,6 +241,8 @@ def consumer(
             mbarrier.wait(turn_e.index(GROUP), (turn & 1) ^ FIRST)
         for c in gl.static_range(CHUNKS):
             slot = step_z % SZ
+            factor = channels(scale_e, c * 64, o_k)
+            offset = channels(shift_e, c * 64, o_k)
             mbarrier.wait(z_full.index(slot), (step_z // SZ) & 1)
             if CONSUMERS > 1 and c == ENTRIES - 1:
                 mbarrier.arrive(turn_e.index((GROUP + 1) % CONSUMERS), count=1)
@@ -244,17 +250,21 @@ def consumer(
             if not PROJECT:
                 z = chunk.load(ACC)
             # In flight behind e are the reduce's products of the chunk before.
-            if R64 == 1 and c > 0:
+            if PROJECT:
+                if R64 == 1 and c > 0:
+                    e, h, v, y0, a = warpgroup_mma_wait(1, deps=(e, h, v, y0, a))
+                elif R64 == 2 and c > 0:
+                    e, h, v, y0, y1, a = warpgroup_mma_wait(2, deps=(e, h, v, y0, y1, a))
+                else:
+                    e, h, v = warpgroup_mma_wait(0, deps=(e, h, v))
+            elif R64 == 1 and c > 0:
                 e, h, y0, a = warpgroup_mma_wait(1, deps=(e, h, y0, a))
             elif R64 == 2 and c > 0:
                 e, h, y0, y1, a = warpgroup_mma_wait(2, deps=(e, h, y0, y1, a))
             else:
                 e, h = warpgroup_mma_wait(0, deps=(e, h))
-            o = epilogue(e, scale_e, shift_e, c * 64, o_k)
-            if PROJECT:
-                if c == CHUNKS - 1:
-                    mbarrier.arrive(x_empty.index(slot_v), count=1)
-            else:
+            o = e * factor + offset
+            if not PROJECT:
                 o = o + z.to(gl.float32)
             o = activate(o, ACT_E, slope_e).to(dtype)
             chunk.store(o)
@@ -277,6 +287,8 @@ def consumer(
             step_z += 1
         for j in gl.static_range(R64):
             slot = step_z % SZ
+            factor = channels(scale_r, j * 64, o_k)
+            offset = channels(shift_r, j * 64, o_k)
             mbarrier.wait(z_full.index(slot), (step_z // SZ) & 1)
             if CONSUMERS > 1 and j == R64 - 1:
                 mbarrier.arrive(turn_e.index((GROUP + 1) % CONSUMERS), count=1)
@@ -284,8 +296,7 @@ def consumer(
                 y0, a = warpgroup_mma_wait(0, deps=(y0, a))
             elif j == 0:
                 y0, y1, a = warpgroup_mma_wait(0, deps=(y0, y1, a))
-            y = epilogue(y0 if j == 0 else y1, scale_r, shift_r, j * 64, o_k)
-            y = activate(y, ACT_R, slope_r).to(dtype)
+            y = activate((y0 if j == 0 else y1) * factor + offset, ACT_R, slope_r).to(dtype)
             z_buf.index(slot)._reinterpret(dtype, [64, 64], ROWS64).store(y)
             fence_async_shared()
             mbarrier.arrive(out_full.index(slot), count=1)

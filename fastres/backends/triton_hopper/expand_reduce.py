@@ -11,6 +11,7 @@ from fastres.backends.triton_hopper.base import (
     Call,
     HopperCandidate,
     Layer,
+    claims,
     descriptor,
     fold_shortcut,
     layer_arguments,
@@ -36,13 +37,15 @@ class ChainConfig(Config):
         weight_stages: stages that the weights stream through.
         residual_slots: 64 x 64 residual chunks in flight, a consumer group.
         input_slots: input tiles in flight, a consumer group.
-        dynamic: tiles are claimed from a counter instead of shared out evenly.
+        dynamic: tiles are claimed from a counter instead of shared out evenly, where a block has more than a few.
+        early: a residual's slot is given back as soon as its store has read it, not one chunk later.
     """
 
     weight_stages: int
     residual_slots: int
     input_slots: int
     dynamic: bool = True
+    early: bool = False
 
     def shared_bytes(self, c: int, cy: int, cv: int) -> int:
         inputs, residuals = 2 * self.input_slots * 64 * (c + cv), 2 * self.residual_slots * 64 * 64
@@ -61,11 +64,23 @@ _CHAINS = {
     # channels (into the expand, out of the reduce, into the projection)
     (64, 64, 0): (ChainConfig(3, 8, 2), ChainConfig(2, 8, 2), ChainConfig(3, 8, 2, dynamic=False)),
     (128, 128, 0): (ChainConfig(3, 4, 2), ChainConfig(3, 4, 2, dynamic=False), ChainConfig(2, 6, 2)),
-    (256, 256, 0): (ChainConfig(2, 2, 1, dynamic=False), ChainConfig(2, 2, 1)),
+    (256, 256, 0): (
+        ChainConfig(2, 2, 1, dynamic=False),
+        ChainConfig(2, 2, 1, early=True),
+        ChainConfig(2, 2, 1),
+    ),
     (64, 128, 0): (ChainConfig(2, 8, 1), ChainConfig(3, 6, 1), ChainConfig(2, 8, 1, dynamic=False)),
-    (128, 256, 0): (ChainConfig(2, 2, 1), ChainConfig(2, 2, 1, dynamic=False)),
+    (128, 256, 0): (
+        ChainConfig(2, 2, 1, early=True),
+        ChainConfig(2, 2, 1),
+        ChainConfig(2, 2, 1, dynamic=False),
+    ),
     (64, 64, 64): (ChainConfig(3, 4, 2), ChainConfig(3, 6, 1), ChainConfig(3, 4, 2, dynamic=False)),
-    (128, 128, 64): (ChainConfig(2, 2, 2), ChainConfig(3, 3, 1), ChainConfig(2, 2, 2, dynamic=False)),
+    (128, 128, 64): (
+        ChainConfig(2, 2, 2, early=True),
+        ChainConfig(3, 3, 1),
+        ChainConfig(2, 2, 2, dynamic=False),
+    ),
 }
 
 
@@ -137,6 +152,7 @@ class HopperExpandReduce(HopperCandidate):
         expand, reduce = problem["expand"], problem["reduce"]
         rows, k, (c, cy, cv) = expand.n * expand.p * expand.q, expand.k, widths(problem)
         tiles = -(-rows // 128)
+        grid = min(multiprocessors(buffers["expand.x"].device), tiles)
         h, y, out = (memory(buffers[name]) for name in ("expand.x", "reduce", "expand"))
         # Descriptors that are not read stand for themselves: any.
         z_desc = out_desc = descriptor(out, [rows, k], [64, 64])
@@ -167,11 +183,12 @@ class HopperExpandReduce(HopperCandidate):
             "SW": config.weight_stages,
             "SZ": config.residual_slots,
             "SH": config.input_slots,
-            "DYNAMIC": int(config.dynamic),
+            "EARLY": int(config.early),
+            "DYNAMIC": int(config.dynamic) and claims(tiles, grid),
             "CONSUMER_REGS": 232,
             "PRODUCER_REGS": 32,
         }
-        return Call(expand_reduce_kernel, min(multiprocessors(h.device), tiles), arguments, {"num_warps": 4})
+        return Call(expand_reduce_kernel, grid, arguments, {"num_warps": 4})
 
 
 register(HopperExpandReduce())

@@ -11,6 +11,7 @@ from fastres.backends.triton_hopper.base import (
     Call,
     HopperCandidate,
     Layer,
+    claims,
     descriptor,
     fold_shortcut,
     layer_arguments,
@@ -36,7 +37,8 @@ class ShiftedConfig(Config):
         input_slots: such boxes in flight.
         residual_slots: 64-channel chunks of the residual, the output and the reduced output in flight.
         consumers: groups of 4 warps, 1 or 2.
-        dynamic: tiles are claimed from a counter instead of shared out evenly.
+        dynamic: tiles are claimed from a counter instead of shared out evenly, where a block has more than a few.
+        in_flight: how many stores later a slot is given back.
     """
 
     halo: bool
@@ -44,6 +46,7 @@ class ShiftedConfig(Config):
     residual_slots: int
     consumers: int = 2
     dynamic: bool = True
+    in_flight: int = 1
 
     def shared_bytes(self, chunks: int, reduced: int, project: bool) -> int:
         weights = 9 + chunks * (1 + reduced // 64 + project)
@@ -108,11 +111,13 @@ class HopperShiftedBlock(HopperCandidate):
             if (halo, project, reduced) not in _SLOTS:
                 continue
             inputs, residuals = _SLOTS[halo, project, reduced]
+            # Of so few slots none can be kept back until the next one is written.
+            kept = int(residuals > 3)
             found += [
-                ShiftedConfig(halo, inputs, residuals),
-                ShiftedConfig(halo, inputs, residuals, dynamic=False),
-                ShiftedConfig(halo, inputs, residuals, consumers=1),
-                ShiftedConfig(halo, inputs - 1, residuals),
+                ShiftedConfig(halo, inputs, residuals, in_flight=kept),
+                ShiftedConfig(halo, inputs, residuals, dynamic=False, in_flight=kept),
+                ShiftedConfig(halo, inputs, residuals, consumers=1, in_flight=kept),
+                ShiftedConfig(halo, inputs - 1, residuals, in_flight=kept),
             ]
         return tuple(
             config for config in found if config.shared_bytes(chunks, reduced, project) <= SHARED_MEMORY
@@ -142,9 +147,11 @@ class HopperShiftedBlock(HopperCandidate):
         conv, expand, reduce = problem["conv"], problem["expand"], problem.get("reduce")
         n, h, w, k = conv.n, conv.h, conv.w, expand.k
         rows, columns = -(-h // 8), -(-w // 8)
+        tiles = n * rows * columns
         project = "shortcut" in constants
         source = "shortcut.x" if project else "expand.residual"
         x, z, out = (memory(buffers[name]) for name in ("conv.x", source, "expand"))
+        grid = min(multiprocessors(x.device), tiles)
         out_desc = descriptor(out, [n, h, w, k], [1, 8, 8, 64])
         wide = layer_arguments(expand, constants["expand"], "e")
         we_desc = descriptor(constants["expand"].weight, [k, 64], [64, 64])
@@ -169,7 +176,7 @@ class HopperShiftedBlock(HopperCandidate):
             **layer_arguments(conv, constants["conv"], "c"),
             **wide,
             **last,
-            "tiles": n * rows * columns,
+            "tiles": tiles,
             "NTH": rows,
             "NTW": columns,
             "CHUNKS": k // 64,
@@ -178,13 +185,12 @@ class HopperShiftedBlock(HopperCandidate):
             "PROJECT": int(project),
             "SX": config.input_slots,
             "SZ": config.residual_slots,
-            "SW": 1,
+            "SW": config.in_flight,
             "CONSUMERS": config.consumers,
-            "DYNAMIC": int(config.dynamic),
+            "DYNAMIC": int(config.dynamic) and claims(tiles, grid),
             "CONSUMER_REGS": 232,
             "PRODUCER_REGS": 32,
         }
-        grid = min(multiprocessors(x.device), n * rows * columns)
         return Call(shifted_block_kernel, grid, arguments, {"num_warps": 4})
 
 

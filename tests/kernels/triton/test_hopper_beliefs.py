@@ -12,6 +12,7 @@ from problems import check_candidate, conv_problem
 from test_hopper_host import check, dual, expand_reduce, machine, one_thread, shifted_block, stem  # noqa: F401
 
 from fastres.activation import RELU
+from fastres.backends.triton_hopper import base
 from fastres.backends.triton_hopper.base import Call
 from fastres.backends.triton_hopper.expand_reduce import ChainConfig
 from fastres.backends.triton_hopper.halo import HaloConfig, RowsConfig
@@ -70,6 +71,12 @@ BELIEFS = {
     "two blocks share a multiprocessor": conv(
         4, 64, 16, 8, 64, 1, dict(block_m=128, block_n=64, stages=3, consumers=1, per_sm=2)
     ),
+    "a residual comes into a tile of eight warps": conv(
+        3, 64, 16, 8, 256, 1, dict(block_m=128, block_n=256, stages=3, consumers=1, warps=8), residual=True
+    ),
+    "tiles of 256 pixels, the largest box": conv(
+        4, 64, 16, 16, 128, 3, dict(block_m=256, block_n=128, stages=3, consumers=1, warps=8)
+    ),
     "resident weights": conv(
         9, 128, 8, 8, 64, 1, dict(stages=3, staged=2, stationary=True, **PLAIN), residual=True
     ),
@@ -122,10 +129,20 @@ BELIEFS = {
         shifted_block(2, 19, 14, 128),
         ShiftedConfig(False, 4, 3),
     ),
-    "a projected input has a place in the input's ring": (
+    "a slot is free as soon as its store has read it": (
+        "expand_reduce",
+        expand_reduce(5, 256, 11, 13, 512),
+        ChainConfig(2, 2, 1, early=True),
+    ),
+    "a projected input goes from the input's ring into the A operand": (
         "shifted_block",
         shifted_block(2, 19, 14, 64, project=True),
-        ShiftedConfig(False, 5, 2),
+        ShiftedConfig(False, 5, 2, in_flight=0),
+    ),
+    "the same with the halo, all of it in two slots": (
+        "shifted_block",
+        shifted_block(2, 19, 14, 64, project=True),
+        ShiftedConfig(True, 4, 2, in_flight=0),
     ),
     "pixels of an image go straight into the A operand": ("stem_pool", stem(2, 32, 28), StemConfig(3)),
 }
@@ -158,6 +175,9 @@ def test_belief(belief, blocks, target, monkeypatch):
     if getattr(config, "halo", False) and target.triton >= (3, 8):
         pytest.skip("Triton 3.8 refuses the view that the halo takes")
     launch = Call.__call__
+    if blocks is not None:
+        # That one claims its tiles; all blocks share out so few.
+        monkeypatch.setattr(base, "FEW_TILES", 0)
     persistent = name != "stem_pool"
     if blocks is not None and persistent and not getattr(config, "stationary", False):
         monkeypatch.setattr(Call, "__call__", lambda call: launch(replace(call, grid=blocks)))
@@ -173,7 +193,7 @@ def test_uint8_images_are_normalised_in_registers(planar, target):
 
 
 def bound(config, seed=0, n=40):
-    """A convolution of many small tiles: (call, output, counters, what the output must be)."""
+    """A convolution of many small tiles, which are claimed: (call, output, counters, what the output must be)."""
     candidate, problem = REGISTRY["hopper.conv_bn_act"], conv_problem(n, 128, 8, 8, 128, 1, BF16)
     nodes = make_nodes(problem, "cuda", seed, integers=True)
     inputs = make_inputs(problem, "cuda", seed, integers=True)
@@ -190,10 +210,16 @@ def bound(config, seed=0, n=40):
 TILES = [GemmConfig(64, 64, stages=3), GemmConfig(64, 64, stages=3, staged=2, stationary=True)]
 
 
+@pytest.fixture
+def claimed(monkeypatch):
+    """Tiles are claimed, however few."""
+    monkeypatch.setattr(base, "FEW_TILES", 0)
+
+
 @GPU
 @pytest.mark.parametrize("config", TILES, ids=["streamed", "resident"])
 @pytest.mark.parametrize("n", [1, 40, 700])
-def test_the_last_claim_leaves_the_counters_at_zero(config, n, target):
+def test_the_last_claim_leaves_the_counters_at_zero(config, n, target, claimed):
     """Fewer tiles than blocks, some more, many more; nobody zeroes them between launches."""
     call, out, counters, expected = bound(config, n=n)
     for _ in range(5):
@@ -205,7 +231,7 @@ def test_the_last_claim_leaves_the_counters_at_zero(config, n, target):
 
 @GPU
 @pytest.mark.parametrize("config", TILES, ids=["streamed", "resident"])
-def test_two_launches_in_flight_have_counters_of_their_own(config, target):
+def test_two_launches_in_flight_have_counters_of_their_own(config, target, claimed):
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     calls = [bound(config, seed, n=200) for seed in (0, 1)]
     for _, out, _, _ in calls:
@@ -221,7 +247,7 @@ def test_two_launches_in_flight_have_counters_of_their_own(config, target):
 
 
 @GPU
-def test_a_captured_launch_can_be_replayed(target):
+def test_a_captured_launch_can_be_replayed(target, claimed):
     call, out, counters, expected = bound(TILES[0])
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
