@@ -25,7 +25,7 @@ _PADDED = 256
 # 1024 -> 256 at 14x14) 124 us evenly, 129 claimed; from twelve on claiming was faster each time (128 -> 512 -> 128 at
 # 28x28 200 against 197, 256 -> 64 at 56x56 174 against 171, 3x3 64 -> 64 91 against 88, 64 -> 256 with a residual 343
 # against 316). What lies between is not measured.
-FEW_TILES = 6
+FEW_TILES = 8
 
 
 @dataclass(frozen=True)
