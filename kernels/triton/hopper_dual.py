@@ -3,7 +3,7 @@ stride 1 or 2) as one GEMM over two inputs. The shortcut tensor is never written
 
 The consumers are conv_bn_act's; the ring carries x's channel slabs first, then h's, in stages of one size.
 w and v carry their BN's scale: one accumulator takes both. Rows of x at stride 2 come through the view
-[rows, 1, 2, W/2, 2C].
+[1, rows, 2, W/2, 2C].
 """
 
 from triton.experimental import gluon
@@ -19,20 +19,22 @@ SLOTS = gl.constexpr(2)
 @gluon.jit
 def producer(
     x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken, tiles, columns,
-    C: gl.constexpr, CH: gl.constexpr, STRIDE: gl.constexpr, TN: gl.constexpr, TW: gl.constexpr,
-    BN: gl.constexpr, BK: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr,
+    C: gl.constexpr, CH: gl.constexpr, STRIDE: gl.constexpr, TN: gl.constexpr, TH: gl.constexpr,
+    TW: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     step = 0
     k = 0
     tile = claim(ticket, posted, taken, k, 1, SLOTS)
     while tile < tiles:
-        pn, tn, _, tw = tile_place(tile, columns, 1, NTW)
+        pn, tn, th, tw = tile_place(tile, columns, NTH, NTW)
+        n, p, q = tn * TN, th * TH, tw * TW
         for kb in range(C // BK):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             bar = full.index(stage)
             mbarrier.expect(bar, x_desc.block_type.nbytes + w_desc.block_type.nbytes)
-            load_x(x_desc, bar, x_buf.index(stage), tn * TN, 0, tw * TW, 0, 0, kb * BK, C, STRIDE, 1, 0, 0)
+            load_x(x_desc, bar, x_buf.index(stage), n, p, q, 0, 0, kb * BK, C, STRIDE, 1, 0, 0)
             tma.async_copy_global_to_shared(w_desc, [pn * BN, kb * BK], bar, w_buf.index(stage))
             step += 1
         for kb in range(CH // BK):
@@ -41,7 +43,7 @@ def producer(
             bar = full.index(stage)
             mbarrier.expect(bar, h_desc.block_type.nbytes + v_desc.block_type.nbytes)
             dst = x_buf.index(stage)._reinterpret(x_buf.dtype, h_desc.block_type.shape, h_desc.layout)
-            tma.async_copy_global_to_shared(h_desc, [tn * TN, 0, tw * TW, kb * BK], bar, dst)
+            tma.async_copy_global_to_shared(h_desc, [n, p, q, kb * BK], bar, dst)
             tma.async_copy_global_to_shared(v_desc, [pn * BN, kb * BK], bar, w_buf.index(stage))
             step += 1
         k += 1
@@ -51,9 +53,10 @@ def producer(
 @gluon.jit(do_not_specialize=["tiles", "columns"])
 def dual_kernel(
     counter, x_desc, w_desc, h_desc, v_desc, y_desc, shift, slope, tiles, columns, C: gl.constexpr,
-    CH: gl.constexpr, STRIDE: gl.constexpr, TN: gl.constexpr, TW: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr, ACT: gl.constexpr, CONSUMERS: gl.constexpr,
-    STAGED: gl.constexpr, DYNAMIC: gl.constexpr, CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
+    CH: gl.constexpr, STRIDE: gl.constexpr, TN: gl.constexpr, TH: gl.constexpr, TW: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, NTH: gl.constexpr, NTW: gl.constexpr, STAGES: gl.constexpr,
+    ACT: gl.constexpr, CONSUMERS: gl.constexpr, STAGED: gl.constexpr, DYNAMIC: gl.constexpr,
+    CONSUMER_REGS: gl.constexpr, PRODUCER_REGS: gl.constexpr,
 ):  # fmt: skip
     """counter: int32 [1], zero. w [K, C], v [K, CH], shift: fp32, padded to a multiple of BN."""
     WARPS: gl.constexpr = gl.num_warps()
@@ -84,22 +87,22 @@ def dual_kernel(
     if CONSUMERS == 1:
         gl.warp_specialize([
             (consumer, (0, y_desc, shift, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order,
-                order, order, ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1,
-                NTW, STAGES, 0, ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
+                order, order, ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, TH, TW, BN, BK,
+                NTH, NTW, STAGES, 0, ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
             (producer, (x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken,
-                tiles, columns, C, CH, STRIDE, TN, TW, BN, BK, NTW, STAGES)),
+                tiles, columns, C, CH, STRIDE, TN, TH, TW, BN, BK, NTH, NTW, STAGES)),
             (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC, SLOTS)),
         ], [1, 1], [PRODUCER_REGS, PRODUCER_REGS])
     else:
         gl.warp_specialize([
             (consumer, (0, y_desc, shift, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order,
-                order, order, ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1,
-                NTW, STAGES, 0, ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
+                order, order, ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, TH, TW, BN, BK,
+                NTH, NTW, STAGES, 0, ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
             (consumer, (1, y_desc, shift, shift, slope, x_buf, w_buf, y_buf, full, empty, order, order,
-                order, order, ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, 1, TW, BN, BK, 1,
-                NTW, STAGES, 0, ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
+                order, order, ticket, posted, taken, tiles, columns, 1, 1, KB, EXTRA, TN, TH, TW, BN, BK,
+                NTH, NTW, STAGES, 0, ACT, 0, CONSUMERS, STAGED, WARPS, 0, 0)),
             (producer, (x_desc, w_desc, h_desc, v_desc, x_buf, w_buf, full, empty, ticket, posted, taken,
-                tiles, columns, C, CH, STRIDE, TN, TW, BN, BK, NTW, STAGES)),
+                tiles, columns, C, CH, STRIDE, TN, TH, TW, BN, BK, NTH, NTW, STAGES)),
             (schedule, (counter, ticket, posted, taken, tiles, 1, CONSUMERS, DYNAMIC, SLOTS)),
         ], [WARPS, 1, 1], [CONSUMER_REGS, PRODUCER_REGS, PRODUCER_REGS])
     # fmt: on

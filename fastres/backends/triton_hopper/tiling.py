@@ -65,6 +65,8 @@ class GemmConfig(Config):
 WIDE = GemmConfig(128, 256, stages=3, consumers=1, warps=8)
 TALL = GemmConfig(256, 128, stages=3, consumers=1, warps=8)
 PING_PONG = GemmConfig(128, 128, stages=4)
+# More tiles than there can be along a dimension: how many there are is then no constant of a kernel.
+_MANY = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -107,15 +109,23 @@ def _powers(limit: int) -> list[int]:
 
 def tiling_of(spec: ConvSpec, config: GemmConfig) -> Tiling:
     if spec.pointwise:
-        # Rows of all images are one dimension, so that the batch size is no constant of the kernel.
+        # Pixels, or rows, of all images are one dimension: the one that the prototypes' boxes had them in.
         if spec.stride == (1, 1):
-            return Tiling((spec.n * spec.p * spec.q, 1, 1), (config.block_m, 1, 1))
-        tiling = tile_of(1, spec.n * spec.p, spec.q, config.block_m)
-        (_, rows, q), (_, th, tw) = tiling.extent, tiling.tile
-        return Tiling((rows, 1, q), (th, 1, tw))
+            return Tiling((1, 1, spec.n * spec.p * spec.q), (1, 1, config.block_m))
+        return tile_of(1, spec.n * spec.p, spec.q, config.block_m)
     if config.skip:
         return Tiling((spec.n, spec.p, spec.q), (config.block_m, 1, 1))
     return tile_of(spec.n, spec.p, spec.q, config.block_m)
+
+
+def tile_arguments(spec: ConvSpec, tiling: Tiling) -> dict[str, int]:
+    """A tile's shape and the tiles of an image down and across, as the kernels' constants."""
+    down, across = tiling.counts[1:]
+    if spec.pointwise and spec.stride == (1, 1):
+        across = _MANY
+    elif spec.pointwise:
+        down = _MANY
+    return dict(zip(("TN", "TH", "TW", "NTH", "NTW"), (*tiling.tile, down, across), strict=True))
 
 
 def slab_of(channels: int) -> int:
@@ -139,14 +149,14 @@ def unfit_geometry(spec: ConvSpec) -> str | None:
 
 
 def input_descriptor(x, spec: ConvSpec, tiling: Tiling, slab: int):
-    """x's descriptor: [n, h, w, c], or at stride 2 [n, h/2, 2, w/2, 2c]; pointwise, rows of all images in
-    n's place."""
+    """x's descriptor: [n, h, w, c], or at stride 2 [n, h/2, 2, w/2, 2c]; pointwise, pixels of all images in w's
+    place, or at stride 2 their rows in h's."""
     n, h, w, c = spec.n, spec.h, spec.w, spec.c
     tn, th, tw = tiling.tile
     if spec.stride == (1, 1):
-        shape = [n * h * w, 1, 1, c] if spec.pointwise else [n, h, w, c]
+        shape = [1, 1, n * h * w, c] if spec.pointwise else [n, h, w, c]
         return descriptor(memory(x), shape, [tn, th, tw, slab])
-    shape = [n * h // 2, 1, 2, w // 2, 2 * c] if spec.pointwise else [n, h // 2, 2, w // 2, 2 * c]
+    shape = [1, n * h // 2, 2, w // 2, 2 * c] if spec.pointwise else [n, h // 2, 2, w // 2, 2 * c]
     return descriptor(memory(x), shape, [tn, th, 1, tw, slab])
 
 
