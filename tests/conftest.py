@@ -24,14 +24,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """The whole suite runs in as many processes as there are cores, unless told otherwise (-n 0).
+    """The whole suite, or folders of it, runs in as many processes as there are cores, unless told otherwise (-n 0).
 
     Not if files are named, since starting processes takes seconds. With a GPU they share it: compiling kernels
     takes longer than running them. A process that a kernel takes down is replaced.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
         return  # a worker runs this hook too: it must not start workers of its own
-    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS or all(map(os.path.isdir, config.args))
     free = getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb
     if whole and free:
         # A process holds half a gigabyte of the GPU beside its tensors.

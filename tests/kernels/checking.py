@@ -22,13 +22,17 @@ _EXACT = ("identity", "relu", "relu6")
 
 
 def make_nodes(problem: Problem, device, seed: int = 0, integers: bool = False) -> dict[str, Node]:
-    """A node for every layer, with random parameters in `problem.dtype` (BN in fp32).
+    """A node for every layer, with random parameters in `problem.dtype` (BN in fp32); on the meta device without any.
 
     `integers`: whole weights and shifts, scales that are powers of two, so that products and sums are exact.
     """
     generator = torch.Generator().manual_seed(seed)
 
+    meta = torch.device(device).type == "meta"
+
     def fill(tensor: Tensor, low: float, high: float) -> None:
+        if meta:
+            return
         if integers:
             values = torch.randint(-2, 3, tensor.shape, generator=generator).float()
         else:

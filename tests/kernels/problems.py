@@ -73,8 +73,10 @@ class _Builder:
         return self.add(Conv, x=x, conv=conv, bn=bn, act=act, residual=residual)
 
 
+@cache
 def network(name: str, normalize: bool = False) -> Graph:
-    """The graph of a network of `NETWORKS`, as capture would give it, with parameters on the meta device."""
+    """The graph of a network of `NETWORKS`, as capture would give it, with parameters on the meta device. Made once:
+    it is not to be changed."""
     bottleneck, depths, groups, base = NETWORKS[name]
     b, x = _Builder(), 0
     if normalize:
@@ -97,7 +99,7 @@ def network(name: str, normalize: bool = False) -> Graph:
             x, inside = b.conv(y, *last, residual=shortcut), outside
     x = b.add(GlobalAvgPool, x=x, flat=True)
     x = b.add(Linear, x=x, linear=nn.Linear(inside, 1000, device="meta"))
-    return Graph(b.nodes, (0,), None)
+    return Graph(b.nodes, (0,), ())
 
 
 @cache
@@ -113,7 +115,6 @@ def network_problems(
     found: dict[Problem, None] = {}
     for name in networks:
         graph = network(name, normalize)
-        graph.outputs = ()
         shapes = {0: (n, 3, size, size)}
         specs = {}
         for node in graph.nodes:

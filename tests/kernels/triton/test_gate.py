@@ -2,12 +2,12 @@
 
 Held to: tensor-core instructions in every product of 16-bit or TF32 values, shared memory within the limit, and
 no spilled register in a first choice. No GPU is needed. Launches that compile to the same binary are compiled
-once, and Triton's own cache keeps them between runs.
+once, and Triton's own cache keeps them between runs. All of Triton's gates: `pytest -m "gate and not slow"
+tests/kernels/triton`.
 """
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -19,7 +19,6 @@ from compile_only import (
     Compiled,
     candidate_calls,
     compile_for,
-    on_triton36,
     specialization,
 )
 
@@ -36,8 +35,19 @@ PRODUCTS = {
     "stem_pool_kernel",
 }
 BLOCK_NETWORKS = ("resnet50", "resnext50_32x4d")
+# The first choices of all networks, in pieces that take about as long as one another: processes share them evenly.
+PIECES = [
+    (capability, networks, part, parts)
+    for capability, networks, parts in [
+        (90, tuple(NETWORKS), 4),
+        (80, BLOCK_NETWORKS, 3),
+        (100, BLOCK_NETWORKS, 3),
+    ]
+    for part in range(parts)
+]
 
 
+@cache
 def jobs(capability, networks, dtypes, batches=(256,), choices=1, flags=()):
     """(candidate, problem, config, capability, planar) of launches that differ after specialisation."""
     target = replace(H100, arch=f"sm{capability}")
@@ -73,31 +83,33 @@ def compile_job(job) -> tuple[str, list[Compiled] | str]:
 
 
 def check(found: list, spills: bool = False) -> None:
-    """Compile all in two processes and report every fault at once."""
+    """Compile all and report every fault at once."""
     faults = []
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for job, (label, kernels) in zip(found, pool.map(compile_job, found, chunksize=2), strict=True):
-            if isinstance(kernels, str):
-                faults.append(f"{label}: {kernels}")
-                continue
-            _, problem, _, capability, _ = job
-            for kernel in kernels:
-                if kernel.shared > SHARED_LIMIT[capability]:
-                    faults.append(f"{label}: {kernel.shared} bytes of shared memory")
-                if kernel.stack and not spills:
-                    faults.append(f"{label}: spills, {kernel.stack} bytes of stack")
-                wanted = problem.dtype.itemsize == 2 or "tf32" in problem.flags
-                if wanted and kernel.name in PRODUCTS and not kernel.tensor_cores:
-                    faults.append(f"{label}: no tensor-core instruction")
+    for job in found:
+        label, kernels = compile_job(job)
+        if isinstance(kernels, str):
+            faults.append(f"{label}: {kernels}")
+            continue
+        _, problem, _, capability, _ = job
+        for kernel in kernels:
+            if kernel.shared > SHARED_LIMIT[capability]:
+                faults.append(f"{label}: {kernel.shared} bytes of shared memory")
+            if kernel.stack and not spills:
+                faults.append(f"{label}: spills, {kernel.stack} bytes of stack")
+            wanted = problem.dtype.itemsize == 2 or "tf32" in problem.flags
+            if wanted and kernel.name in PRODUCTS and not kernel.tensor_cores:
+                faults.append(f"{label}: no tensor-core instruction")
     assert found and not faults, f"{len(faults)} of {len(found)}:\n" + "\n".join(faults)
 
 
 @pytest.mark.gate
 @pytest.mark.parametrize(
-    "capability, networks", [(90, tuple(NETWORKS)), (80, BLOCK_NETWORKS), (100, BLOCK_NETWORKS)]
+    "capability, networks, part, parts",
+    PIECES,
+    ids=lambda value: str(value) if isinstance(value, int) else "",
 )
-def test_first_choices_in_bf16(capability, networks):
-    check(jobs(capability, networks, (torch.bfloat16,)))
+def test_first_choices_in_bf16(capability, networks, part, parts):
+    check(jobs(capability, networks, (torch.bfloat16,))[part::parts])
 
 
 @pytest.mark.gate
@@ -194,8 +206,3 @@ def test_conv_stats(capability, monkeypatch):
         compiled = compile_for(capability, kernel, dict(zip(kernel.arg_names, args, strict=True)), **options)
         assert compiled.stack == 0 and compiled.tensor_cores, (c, k, compiled)
         assert compiled.shared <= SHARED_LIMIT[capability], (c, k, compiled.shared)
-
-
-@pytest.mark.gate
-def test_conv_stats_on_triton_3_6():
-    on_triton36([f"{__file__}::test_conv_stats[{capability}]" for capability in (80, 90, 100)])

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import triton
-from compile_only import SHARED_LIMIT, compile_for, on_triton36, specialization, unordered
+from compile_only import SHARED_LIMIT, compile_for, specialization, unordered
 from problems import H100, NETWORKS, make_nodes, network_problems
 
 from fastres.backends import triton_hopper  # noqa: F401
@@ -137,15 +137,3 @@ def test_a_missing_barrier_is_seen():
     assert len(needed) >= 4 and not unordered("\n".join(lines))
     for at in needed:
         assert unordered("\n".join(lines[:at] + lines[at + 1 :])), lines[at]
-
-
-@pytest.mark.parametrize("half", [0, 1])
-def test_the_same_on_triton_3_6(half):
-    """In one process a half: starting one takes as long as compiling several kernels."""
-    tests = [f"{__file__}::test_heuristic_configurations_of_resnet50[{c}-{half}]" for c in HOPPER]
-    if half:
-        tests.append(f"{__file__}::test_what_batch_32_chooses_otherwise_for_a_residual")
-        tests += [
-            f"{__file__}::test_stem_in_the_callers_order_and_type[nchw-{kind}]" for kind in ("", "uint8")
-        ]
-    on_triton36(tests)

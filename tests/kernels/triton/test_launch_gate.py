@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checking import make_inputs, make_nodes
-from compile_only import on_triton36
 from hopper_machine import tma_fault
 from problems import H100, conv_problem, network_problems
 from test_hopper_gate import TARGET
@@ -261,13 +260,3 @@ def test_a_map_that_the_driver_refuses_is_an_error(driver):
             call()
     finally:
         refuse.value = 0
-
-
-def test_the_same_on_triton_3_6():
-    tests = [f"the_candidate_bound[{name}]" for name in (*PROBLEMS, *NETWORK)]
-    tests += [f"a_portable_candidate_bound[{name}]" for name in (*PORTABLE, "stem_pool")]
-    on_triton36(
-        [f"{__file__}::test_the_driver_gets_what_{test}" for test in tests]
-        + [f"{__file__}::test_the_driver_gets_the_training_primitives_arguments"]
-        + [f"{__file__}::test_a_map_that_the_driver_refuses_is_an_error"]
-    )
