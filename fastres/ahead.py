@@ -5,7 +5,7 @@ help. What other processes compile lies in Triton's cache on disk, where this on
 no CUDA context: the target is described to them.
 
     compile_plan(plan, inputs)   what engines call before a plan is bound
-    jobs_of(plan, inputs)        what binding it will compile
+    jobs_of(plan, inputs)        the kernel calls of a plan
     compile_ahead(jobs, target)  compiles what the cache lacks; returns when it is there
 
 Whatever goes wrong here is told to the log alone: binding compiles what is missing, as it would without this.
@@ -121,11 +121,11 @@ def sources(job: Job, target: Target) -> list[Source]:
 
 
 def jobs_of(plan: Plan, inputs: Sequence[Any] = ()) -> list[Job]:
-    """What running `plan` on inputs like these binds."""
+    """The kernel calls that running `plan` on inputs like these binds."""
     given = dict(zip(plan.graph.inputs, inputs, strict=False))
     found: dict[Job, None] = {}
     for segment in plan.segments:
-        if segment.candidate is not None and segment.candidate.compiles:
+        if segment.candidate is not None:
             takes = segment.candidate.planar(segment.problem)
             planar = {
                 name for name, value in segment.match.inputs if name in takes and _row_major(given.get(value))
@@ -185,7 +185,8 @@ def compile_plan(plan: Plan, inputs: Sequence[Any]) -> None:
     """`compile_ahead` of what running `plan` on inputs like these binds, once a plan."""
     if not plan.compiled:
         plan.compiled = True
-        compile_ahead(jobs_of(plan, inputs), plan.target)
+        jobs = jobs_of(plan, inputs)
+        compile_ahead([job for job in jobs if REGISTRY[job.candidate].compiles], plan.target)
 
 
 def compile_ahead(jobs: Iterable[Job], target: Target, *, worth: int = _WORTH) -> int:

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,6 +37,7 @@ from fastres.plan.specs import Unplannable, propagate
 from fastres.plan.steps import CandidateFailed
 from fastres.plan.target import detect
 from fastres.prepared import Asleep, Facts, Prepared, finite
+from fastres.proof import prove_plan
 
 log = logging.getLogger("fastres")
 
@@ -67,7 +69,7 @@ class Engine:
     def _clear(self) -> None:
         self.prepared = Prepared()
         self._asleep = Asleep()
-        # (candidate, problem) that failed when it ran, and why
+        # (candidate, problem) that failed when it ran or was proved, and why
         self.dropped: dict[tuple[str, Problem], str] = {}
         self._idle: OrderedDict[tuple, list[Context]] = OrderedDict()
         self._expired = False
@@ -230,13 +232,22 @@ class Engine:
                         self.prepared.plans.move_to_end(key)
                     context.slot = (key, stream)
                     return context
-            plan = self._plan(key, self.graph(module), inputs)
-        if key.device.type == "cuda":
-            compile_plan(plan, inputs)
+        plan = self._ready(key, module, inputs)
         graphs = key.device.type == "cuda" and self.options.graphs != "off"
         context = Context(plan, self.prepared.constants, key.device, static_inputs=graphs)
         context.slot = (key, stream)
         return context
+
+    def _ready(self, key: Key, module: nn.Module, inputs: tuple[Any, ...]) -> Plan:
+        """The plan with its kernels compiled and proved, where that is to be done."""
+        while True:
+            with self.lock:
+                plan = self._plan(key, self.graph(module), inputs)
+            compile_plan(plan, inputs)
+            faults = prove_plan(plan, inputs, key.device)
+            if not faults:
+                return plan
+            self._leave_out(faults)
 
     def _give_back(self, key: Key, context: Context) -> None:
         with self.lock:
@@ -255,10 +266,15 @@ class Engine:
         segment = failure.segment
         if segment.candidate.backend == "reference":
             raise failure.error
-        log.warning("%s; the next best runs instead", str(failure).splitlines()[0])
+        reason = str(failure.error).strip().splitlines() or [repr(failure.error)]
+        self._leave_out({(segment.candidate.name, segment.problem): f"failed: {reason[0]}"})
+
+    def _leave_out(self, faults: Mapping[tuple[str, Problem], str]) -> None:
+        """Plans anew without these."""
+        for (name, problem), reason in faults.items():
+            log.warning("%s on %s: %s; the next best runs instead", name, problem, reason)
         with self.lock:
-            reason = str(failure.error).strip().splitlines() or [repr(failure.error)]
-            self.dropped[segment.candidate.name, segment.problem] = f"failed: {reason[0]}"
+            self.dropped.update(faults)
             self.prepared.plans.clear()
             self._idle.clear()
 

@@ -15,6 +15,7 @@ VARIABLES = {
     "FASTRES_LOG": "level of the `fastres` logger: debug, info, warning, error (default: warning)",
     "FASTRES_BUILD": "0: never run a compiler, use prebuilt or cached libraries only (default: 1)",
     "FASTRES_COMPILE_JOBS": "processes that compile a plan's Triton kernels (default: the cores, at most 16; 0: none)",
+    "FASTRES_PROVE": "0: trust every kernel; 1: a GPU's first call of one is held to fp64 before (default: 1)",
     "FASTRES_CUDA_ARCH": "architectures to build CUDA kernels for, as in '8.0 9.0a' (default: the GPUs here)",
     "FASTRES_CUDA_DEBUG": "1: CUDA kernels give up a wait that lasts too long instead of hanging (default: 0)",
     "FASTRES_TRITON36": "tests only: folder that holds Triton 3.6, for the compile gate on two versions",
@@ -73,6 +74,14 @@ def may_build() -> bool:
     value = _read("FASTRES_BUILD") or "1"
     if value not in ("0", "1"):
         raise ValueError(f"FASTRES_BUILD is {value!r}, it takes 0 or 1")
+    return value == "1"
+
+
+def proves() -> bool:
+    """Whether kernels are tried, in a process of their own, before a plan trusts them."""
+    value = _read("FASTRES_PROVE") or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"FASTRES_PROVE is {value!r}, it takes 0 or 1")
     return value == "1"
 
 

@@ -156,6 +156,7 @@ def of_plan(plan: Plan, key: Key | None = None, engine: Engine | None = None, na
     if engine is not None:
         refused = {c.graph_refused for contexts in engine._idle.values() for c in contexts if c.graph_refused}
         notes += [f"no CUDA graph: {why}" for why in refused]
+        notes += [f"left out: {name} on {p}: {why}" for (name, p), why in engine.dropped.items()]
     return Report(title, rows, notes)
 
 

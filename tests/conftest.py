@@ -41,6 +41,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Tests hold every kernel to fp64 themselves; test_proof.py asks for proofs.
+    os.environ.setdefault("FASTRES_PROVE", "0")
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
         torch.set_num_threads(1)

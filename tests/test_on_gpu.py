@@ -366,3 +366,25 @@ def test_tuning_measures_kernels_of_every_family(tmp_path):
     reasons = [(result.candidate, result.reason) for result in results if result.reason]
     assert {"cudnn", "triton", "cuda"} - missing.keys() <= measured, reasons
     assert list(tmp_path.rglob("cuda.*.json"))
+
+
+def test_a_plan_is_proved_once_and_none_of_its_kernels_is_left_out(tmp_path, monkeypatch):
+    from torchvision.models import resnet
+
+    from fastres import env, native, proof, workers
+
+    native.available("cuda")  # from its cache, if it is there
+    monkeypatch.setattr(env, "cache_dir", lambda: tmp_path)
+    monkeypatch.setenv("FASTRES_PROVE", "1")
+    model = resnet.ResNet(resnet.Bottleneck, [2, 1, 1, 1]).eval().to("cuda", torch.bfloat16)
+    x = torch.randn(4, 3, 64, 64, device="cuda", dtype=torch.bfloat16)
+    for known in (False, True):
+        if known:
+            monkeypatch.setattr(workers, "ask", lambda *_, **__: pytest.fail("proved twice"))
+        fast = fastres.accelerate(model)
+        with torch.no_grad():
+            fast(x)
+        assert not [note for note in fast.report().notes if "left out" in note]
+        record = proof.Record.of(x.device)
+        own = [row for row in fast.report().rows if row.source.startswith("kernels/")]
+        assert own and record.known and not any(record.known.values()), record.known

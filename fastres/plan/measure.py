@@ -66,39 +66,66 @@ def alone(
 
     `planar`: the inputs that come contiguous; default: all that the candidate takes so, as images are loaded."""
     with torch.inference_mode(False), torch.no_grad():
-        constants = candidate.prepare(problem, config, random_parameters(problem, device))
         planar = candidate.planar(problem) if planar is None else planar
-        inputs = {name: _random_input(problem, name, device, name in planar) for name in problem.inputs}
-        if candidate.allocates:
-            return inputs, Buffers({}), constants
-        outputs = {
-            role: _empty(problem.output_shape(role), problem.dtype, device) for role in problem.outputs
-        }
-        count, scratch = candidate.counters(problem, config), candidate.workspace(problem, config)
-        counters = torch.zeros(count, dtype=torch.int32, device=device) if count else None
-        workspace = torch.empty(scratch, dtype=torch.uint8, device=device) if scratch else None
-        return inputs, Buffers(inputs | outputs, counters, workspace), constants
+        inputs = {name: random_input(problem, name, device, name in planar) for name in problem.inputs}
+        parameters = {role: LayerParameters(node) for role, node in random_nodes(problem, device).items()}
+        return inputs, *call_of(candidate, problem, config, parameters, inputs)
+
+
+def call_of(
+    candidate: Candidate,
+    problem: Problem,
+    config: Any,
+    parameters: dict[str, LayerParameters],
+    inputs: dict[str, Tensor],
+) -> tuple[Buffers, Any]:
+    """(buffers, constants) of one call on these inputs, with memory of its own for what it writes."""
+    constants = candidate.prepare(problem, config, parameters)
+    if candidate.allocates:
+        return Buffers({}), constants
+    device = next(iter(inputs.values())).device
+    outputs = {role: _empty(problem.output_shape(role), problem.dtype, device) for role in problem.outputs}
+    count, scratch = candidate.counters(problem, config), candidate.workspace(problem, config)
+    counters = torch.zeros(count, dtype=torch.int32, device=device) if count else None
+    workspace = torch.empty(scratch, dtype=torch.uint8, device=device) if scratch else None
+    return Buffers(inputs | outputs, counters, workspace), constants
+
+
+def runner(
+    candidate: Candidate,
+    problem: Problem,
+    config: Any,
+    inputs: dict[str, Tensor],
+    buffers: Buffers,
+    constants: Any,
+) -> Callable[[], dict[str, Tensor]]:
+    """The candidate bound; each call computes and returns its outputs by role."""
+    with torch.inference_mode(False), torch.no_grad():
+        launch = candidate.bind(problem, config, buffers, constants)
+    if candidate.allocates:
+        arguments = tuple(inputs.values())
+
+        def run() -> dict[str, Tensor]:
+            made = launch(*arguments)
+            return dict(zip(problem.outputs, made if isinstance(made, tuple) else (made,), strict=True))
+
+        return run
+    counters, outputs = buffers.counters, {role: buffers[role] for role in problem.outputs}
+
+    def write() -> dict[str, Tensor]:
+        if counters is not None:
+            counters.zero_()
+        launch()
+        return outputs
+
+    return write
 
 
 def bind_alone(
     candidate: Candidate, problem: Problem, config: Any, device: torch.device
 ) -> Callable[[], Any]:
     """The candidate bound to what `alone` makes; ready to be called and timed."""
-    inputs, buffers, constants = alone(candidate, problem, config, device)
-    with torch.inference_mode(False), torch.no_grad():
-        launch = candidate.bind(problem, config, buffers, constants)
-    if candidate.allocates:
-        arguments = tuple(inputs.values())
-        return lambda: launch(*arguments)
-    counters = buffers.counters
-    if counters is None:
-        return launch
-
-    def run() -> None:
-        counters.zero_()
-        launch()
-
-    return run
+    return runner(candidate, problem, config, *alone(candidate, problem, config, device))
 
 
 def time_launch(run: Callable[[], Any], device: torch.device) -> float:
@@ -112,9 +139,9 @@ def time_launch(run: Callable[[], Any], device: torch.device) -> float:
         return time_interleaved({"": run}, budget_s=_BUDGET_S, warmup_s=0.0)[""].median
 
 
-def random_parameters(problem: Problem, device: torch.device | str) -> dict[str, LayerParameters]:
-    """Parameters of the right shapes, by role; activations keep their scale through every layer."""
-    return {role: LayerParameters(_node(role, spec, problem.dtype, device)) for role, spec in problem.layers}
+def random_nodes(problem: Problem, device: torch.device | str) -> dict[str, Node]:
+    """Layers with parameters of the right shapes, by role; activations keep their scale through every layer."""
+    return {role: _node(role, spec, problem.dtype, device) for role, spec in problem.layers}
 
 
 def _node(role: str, spec: Spec, dtype: torch.dtype, device: torch.device | str) -> Node:
@@ -134,7 +161,7 @@ def _node(role: str, spec: Spec, dtype: torch.dtype, device: torch.device | str)
                 dtype=dtype,
             )
             nn.init.normal_(conv.weight, std=1 / math.sqrt(math.prod(spec.weight_shape[1:])))
-            bn = nn.BatchNorm2d(spec.k, device=device).eval() if spec.affine else None
+            bn = _bn(spec.k, device) if spec.affine else None
             return Conv(conv=conv, bn=bn, act=spec.act, residual=0 if spec.residual else None, **common)
         case LinearSpec():
             return Linear(linear=nn.Linear(spec.c, spec.k, spec.bias, device=device, dtype=dtype), **common)
@@ -149,7 +176,21 @@ def _node(role: str, spec: Spec, dtype: torch.dtype, device: torch.device | str)
             )
 
 
-def _random_input(problem: Problem, name: str, device: torch.device | str, planar: bool) -> Tensor:
+def _bn(channels: int, device: torch.device | str) -> nn.BatchNorm2d:
+    """Of which every parameter and statistic counts."""
+    bn = nn.BatchNorm2d(channels, device=device).eval()
+    for tensor, low, high in (
+        (bn.weight, 0.5, 1.5),
+        (bn.bias, -0.5, 0.5),
+        (bn.running_mean, -0.5, 0.5),
+        (bn.running_var, 0.5, 2.0),
+    ):
+        nn.init.uniform_(tensor, low, high)
+    return bn
+
+
+def random_input(problem: Problem, name: str, device: torch.device | str, planar: bool) -> Tensor:
+    """Normal values, or bytes where it is an image of them."""
     shape, dtype = problem.input_shape(name), problem.input_dtype(name)
     made = torch.empty(shape, dtype=dtype, device=device) if planar else _empty(shape, dtype, device)
     return made.random_(0, 256) if dtype == torch.uint8 else made.normal_()

@@ -68,6 +68,8 @@ class Plan:
     segments: list[Segment]
     # whether its kernels were compiled ahead of binding
     compiled: bool = False
+    # (candidate name, problem) → why it must not run; None: nobody has tried
+    faults: dict[tuple[str, Problem], str] | None = None
 
     @property
     def predicted_ms(self) -> float:

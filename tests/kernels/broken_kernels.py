@@ -1,4 +1,5 @@
-"""Imported, it breaks three kernels of the CPU as kernels break: one crashes, one hangs, one is wrong. For triage."""
+"""Imported, it breaks three kernels of the CPU as kernels break: one crashes, one hangs, one is wrong: triage and
+proofs have to find them."""
 
 import os
 import signal
