@@ -37,7 +37,7 @@ from fastres.plan.specs import Unplannable, propagate
 from fastres.plan.steps import CandidateFailed
 from fastres.plan.target import detect
 from fastres.prepared import Asleep, Facts, Prepared, finite
-from fastres.proof import prove_plan
+from fastres.proof.plan import prove_plan
 
 log = logging.getLogger("fastres")
 

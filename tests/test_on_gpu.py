@@ -371,7 +371,8 @@ def test_tuning_measures_kernels_of_every_family(tmp_path):
 def test_a_plan_is_proved_once_and_none_of_its_kernels_is_left_out(tmp_path, monkeypatch):
     from torchvision.models import resnet
 
-    from fastres import env, native, proof, workers
+    from fastres import env, native, workers
+    from fastres.proof.record import Record
 
     native.available("cuda")  # from its cache, if it is there
     monkeypatch.setattr(env, "cache_dir", lambda: tmp_path)
@@ -385,6 +386,16 @@ def test_a_plan_is_proved_once_and_none_of_its_kernels_is_left_out(tmp_path, mon
         with torch.no_grad():
             fast(x)
         assert not [note for note in fast.report().notes if "left out" in note]
-        record = proof.Record.of(x.device)
+        record = Record.of(x.device)
         own = [row for row in fast.report().rows if row.source.startswith("kernels/")]
         assert own and record.known and not any(record.known.values()), record.known
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_the_primitives_of_training_are_right(dtype):
+    from fastres.proof import ops
+
+    pieces = ops._pieces("cuda", dtype)
+    assert {"add_relu", "bn_act"} <= {piece.op for piece in pieces}
+    for piece in pieces:
+        ops.prove_op(piece, dtype, "cuda")

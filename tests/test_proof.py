@@ -12,13 +12,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastres
-from fastres import backends, engine, env, native, proof, workers
+from fastres import backends, engine, env, native, workers
 from fastres.activation import RELU
 from fastres.ahead import Job
+from fastres.ops import primitives, torch_primitives
 from fastres.plan.candidate import Candidate, Registry
 from fastres.plan.pattern import PATTERNS
 from fastres.plan.problem import ConvSpec, LinearSpec, PoolSpec, Problem
 from fastres.plan.target import detect
+from fastres.proof import ops, plan, record
 
 CPU = torch.device("cpu")
 CONV = next(pattern for pattern in PATTERNS if pattern.name == "conv_bn_act")
@@ -61,12 +63,12 @@ class Kernel(Candidate):
 def kernel(monkeypatch):
     """Registers a kernel and proves it."""
     backends.load()
-    known = Registry(dict(proof.REGISTRY.candidates))
-    monkeypatch.setattr(proof, "REGISTRY", known)
+    known = Registry(dict(plan.REGISTRY.candidates))
+    monkeypatch.setattr(plan, "REGISTRY", known)
 
     def made(spoil=None, dtype=torch.float32, flags=()):
         known.candidates["test.kernel"] = Kernel() if spoil is None else Kernel(spoil)
-        return proof.prove(Job("test.kernel", problem(dtype, flags), None), detect(CPU), CPU)
+        return plan.prove(Job("test.kernel", problem(dtype, flags), None), detect(CPU), CPU)
 
     return made
 
@@ -83,7 +85,7 @@ def test_tf32_is_no_fault_where_it_is_allowed(kernel):
         return (y.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
     assert kernel(cut, flags=("tf32",)) > 1e-5
-    with pytest.raises(proof.Disproved):
+    with pytest.raises(record.Disproved):
         kernel(cut)
 
 
@@ -128,7 +130,7 @@ def test_faults_are_seen(kernel, fault, dtype):
         def spoil(y, step):
             return y * (1 + 2**-22 * (step % 2))
 
-    with pytest.raises(proof.Disproved, match=says):
+    with pytest.raises(record.Disproved, match=says):
         kernel(spoil, dtype)
 
 
@@ -148,15 +150,15 @@ def test_faults_are_seen(kernel, fault, dtype):
     ],
 )
 def test_what_speaks_against_a_kernel(reason, word):
-    found = proof.why_left_out(reason)
+    found = record.why_left_out(reason)
     assert word in found and bool(word) == bool(found)
 
 
 def prove_broken(job, target, device):
-    """`proof.prove` in a process whose kernels are broken."""
+    """`prove` in a process whose kernels are broken."""
     sys.path.insert(0, str(Path(__file__).parent / "kernels"))
     importlib.import_module("broken_kernels")
-    return proof.prove(job, target, device)
+    return plan.prove(job, target, device)
 
 
 class Pooled(nn.Module):
@@ -180,10 +182,10 @@ def broken(monkeypatch, tmp_path, threads):
     monkeypatch.setenv("FASTRES_PROVE", "1")
     # of this process alone: others would build a library there
     monkeypatch.setattr(env, "cache_dir", lambda: tmp_path)
-    monkeypatch.setattr(proof, "DEVICES", ("cpu",))
-    monkeypatch.setattr(engine, "prove_plan", partial(proof.prove_plan, work=prove_broken))
+    monkeypatch.setattr(record, "DEVICES", ("cpu",))
+    monkeypatch.setattr(engine, "prove_plan", partial(plan.prove_plan, work=prove_broken))
     backends.load()
-    monkeypatch.setattr(proof.REGISTRY["onednn.linear"], "source", "kernels/onednn", raising=False)
+    monkeypatch.setattr(plan.REGISTRY["onednn.linear"], "source", "kernels/onednn", raising=False)
 
 
 def test_what_is_broken_never_runs(broken, monkeypatch, caplog):
@@ -208,7 +210,7 @@ def test_what_is_broken_never_runs(broken, monkeypatch, caplog):
             again = fastres.accelerate(model)
             again(x)
         assert {row.candidate for row in again.report().rows} == ran
-        proof._record.cache_clear()
+        record._record.cache_clear()
 
 
 def test_a_machine_without_a_second_process_trusts_its_kernels(broken, monkeypatch, caplog):
@@ -228,35 +230,98 @@ def test_a_machine_without_a_second_process_trusts_its_kernels(broken, monkeypat
 def test_where_nothing_can_be_written_this_process_knows(tmp_path):
     folder = tmp_path / "file"
     folder.write_text("not a folder")
-    record = proof.Record(folder / "proofs.txt")
+    kept = record.Record(folder / "proofs.txt")
     job = Job("test.kernel", problem(), None)
-    record.add(job, "it was\twrong\nby far")
-    assert job in record and "it was wrong by far" in record.fault(job)
-    assert replace(job, planar=frozenset({"conv.x"})) not in record
+    kept.add(plan.key_of(job), "it was\twrong\nby far")
+    assert "it was wrong by far" in kept.fault(plan.key_of(job))
+    assert plan.key_of(replace(job, planar=frozenset({"conv.x"}))) not in kept
 
 
 def test_records_are_of_one_machine_and_these_sources(tmp_path, monkeypatch):
     monkeypatch.setenv("FASTRES_CACHE", str(tmp_path))
-    job = Job("test.kernel", problem(), None)
-    first = proof.Record.of(CPU)
-    first.add(job)
-    assert job in proof.Record(first.path) and not proof.Record(first.path).fault(job)
-    proof._surroundings.cache_clear()
-    monkeypatch.setattr(proof, "_sources", lambda: "others")
-    assert job not in proof.Record.of(CPU)
-    proof._surroundings.cache_clear()
+    first = record.Record.of(CPU)
+    first.add("kernel")
+    assert "kernel" in record.Record(first.path) and not record.Record(first.path).fault("kernel")
+    record._surroundings.cache_clear()
+    monkeypatch.setattr(record, "_sources", lambda: "others")
+    assert "kernel" not in record.Record.of(CPU)
+    record._surroundings.cache_clear()
 
 
 def test_other_layers_have_a_rounding_too():
     layers = (("pool", PoolSpec(2, 8, 4, 4, flat=True)), ("linear", LinearSpec(2, 8, 10, True)))
     long = Problem("pool_linear", layers, torch.float32, ("pool.x",), ("linear",))
-    assert proof._rounding(long, torch.float32) == pytest.approx(8**0.5 * 2**-23)
-    assert proof._rounding(long, torch.float16) == 2**-10
+    assert plan._rounding(long, torch.float32) == pytest.approx(8**0.5 * 2**-23)
+    assert plan._rounding(long, torch.float16) == 2**-10
 
 
 @pytest.mark.parametrize("value", ["yes", "2"])
 def test_the_variable_takes_0_or_1(value, monkeypatch):
     monkeypatch.setenv("FASTRES_PROVE", value)
-    monkeypatch.setattr(proof, "DEVICES", ("cpu",))
+    monkeypatch.setattr(record, "DEVICES", ("cpu",))
     with pytest.raises(ValueError, match="FASTRES_PROVE"), torch.no_grad():
         fastres.accelerate(Pooled().eval())(torch.randn(1, 8, 12, 12))
+
+
+@pytest.fixture
+def cpu_primitives(monkeypatch):
+    if reason := native.available("cpu"):
+        pytest.skip(reason)
+    monkeypatch.setattr(ops, "_SHAPES", ops._SHAPES[-1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("op", ["add_relu", "bn_act"])
+def test_right_primitives_pass(cpu_primitives, op, dtype):
+    assert ops.Piece("cpu", op) in ops._pieces("cpu", dtype)
+    assert 0 < ops.prove_op(ops.Piece("cpu", op), dtype, CPU) < 4 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(
+    "primitive, which, says",
+    [
+        ("add_relu", None, "out"),
+        ("bn_act_forward", 0, "out"),
+        ("bn_act_forward", 1, "grad"),
+        ("bn_act_gradients", 0, "grad x"),
+        ("bn_act_gradients", -1, "grad"),
+    ],
+)
+def test_wrong_primitives_do_not(cpu_primitives, monkeypatch, primitive, which, says):
+    from fastres.backends import cpu_ops
+
+    right = getattr(cpu_ops, primitive)
+
+    def wrong(*arguments):
+        made = right(*arguments)
+        for t in made if which is not None else [arguments[-1]]:
+            if which is None or (made and t is made[which]):
+                t.mul_(1.05)
+        return made
+
+    monkeypatch.setattr(cpu_ops, primitive, wrong)
+    op = "add_relu" if primitive == "add_relu" else "bn_act"
+    with pytest.raises(record.Disproved, match=says):
+        ops.prove_op(ops.Piece("cpu", op), torch.float32, CPU)
+
+
+def prove_one_wrong(piece, dtype, device):
+    if piece.op == "bn_act":
+        raise record.Disproved("out of 3x40x9x7: 0.1 off")
+    return 0.0
+
+
+def test_training_runs_what_is_right(cpu_primitives, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("FASTRES_PROVE", "1")
+    monkeypatch.setattr(env, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(record, "DEVICES", ("cpu",))
+    monkeypatch.setattr(ops, "prove_op", prove_one_wrong)
+    monkeypatch.setattr(ops, "_known", {})
+    monkeypatch.setattr(primitives, "_found", {})
+    x = torch.randn(2, 8, 4, 4)
+    assert primitives.get("bn_act", x) is torch_primitives.bn_act
+    assert primitives.find("bn_act_forward", x) is None
+    assert primitives.get("add_relu", x) is not torch_primitives.add_relu
+    assert any("cpu.bn_act:" in line.getMessage() and "wrong" in line.getMessage() for line in caplog.records)
+    with primitives.pinned("cpu"):
+        assert primitives.get("bn_act", x) is not torch_primitives.bn_act, "who asks for it gets it"

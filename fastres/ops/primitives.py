@@ -80,14 +80,18 @@ def candidates(name: str, device: str, dtype: torch.dtype) -> list[tuple[str, Ca
         if allowed is not None and backend.name not in (*allowed, "torch"):
             rows.append((backend.name, None, f"only {', '.join(allowed)} may be used"))
             continue
-        # who has conv_stats_takes has conv_stats; what runs the kernels of others goes with them
-        parts = (name.removesuffix("_takes"), *WHOLE.get(name, ()))
-        if excluded & {backend.name, *(f"{backend.name}.{part}" for part in parts)}:
+        if excluded & {backend.name, *_named(backend.name, name)}:
             rows.append((backend.name, None, "FASTRES_BACKENDS leaves it out"))
             continue
         function, reason = _load(backend, name, dtype)
         rows.append((backend.name, function, reason))
     return rows
+
+
+def _named(backend: str, name: str) -> set[str]:
+    """What leaves a primitive out, by names: who has conv_stats_takes has conv_stats; what runs the kernels of others
+    goes with them."""
+    return {f"{backend}.{part}" for part in (name.removesuffix("_takes"), *WHOLE.get(name, ()))}
 
 
 def _load(backend: Backend, name: str, dtype: torch.dtype) -> tuple[Callable | None, str | None]:
@@ -108,12 +112,22 @@ def _load(backend: Backend, name: str, dtype: torch.dtype) -> tuple[Callable | N
 
 
 def every(name: str, x: torch.Tensor) -> tuple[Callable, ...]:
-    """The functions of all backends that compute the primitive `name` for tensors like `x`, best first."""
+    """The functions of all backends that compute the primitive `name` for tensors like `x`, best first; without those
+    that failed their proof on its device."""
     key = (name, x.device, x.dtype)
     if key not in _found:
         rows = candidates(name, x.device.type, x.dtype)
-        _found[key] = tuple(f for _, f, _ in rows if f is not None)
+        faults = {} if _pinned else _faults(x)
+        _found[key] = tuple(
+            f for backend, f, _ in rows if f is not None and not faults.keys() & _named(backend, name)
+        )
     return _found[key]
+
+
+def _faults(x: torch.Tensor) -> dict[str, str]:
+    from fastres.proof.ops import faults_of_primitives
+
+    return faults_of_primitives(x.device, x.dtype)
 
 
 def find(name: str, x: torch.Tensor) -> Callable | None:

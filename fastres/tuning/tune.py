@@ -384,16 +384,16 @@ def time_trial(trial: Trial, target: Target, device: str, budget_s: float) -> fl
 
 def _prove(trial: Trial, target: Target, device: str) -> None:
     """What is wrong has no time: Disproved."""
-    from fastres.proof import Record, prove
+    from fastres.proof.plan import key_of, of_ours, prove
+    from fastres.proof.record import Record
 
     candidate = _loaded(trial)
-    if not candidate.source.startswith("kernels/"):
-        return
-    job = Job(candidate.name, trial.problem, trial.choice(target), candidate.planar(trial.problem))
-    record = Record.of(torch.device(device))
-    if job not in record:
-        prove(job, target, device)
-        record.add(job)
+    if of_ours(candidate):
+        job = Job(candidate.name, trial.problem, trial.choice(target), candidate.planar(trial.problem))
+        record, key = Record.of(torch.device(device)), key_of(job)
+        if key not in record:
+            prove(job, target, device)
+            record.add(key)
 
 
 def _loaded(trial: Trial) -> Candidate:

@@ -1,61 +1,37 @@
-"""Kernels prove themselves on a GPU before a plan trusts them with anybody's images.
+"""The kernel calls of a plan, held to PyTorch's unfused arithmetic in fp64.
 
-Kernels written by hand meet GPUs, drivers and compilers that nobody has tried together. So before a plan runs for the
-first time, each of its kernel calls runs on random data in a process of its own and is held to PyTorch's unfused
-arithmetic in fp64. What is wrong, crashes or hangs there is left out, with the reason in the log and in the report, and
-the next best is planned.
-
-    prove_plan(plan, inputs, device)   what engines call: {(candidate, problem): why it is left out}
-    prove(job, target, device)         one call held to fp64, in this process; raises Disproved
-
-What was found is kept under FASTRES_CACHE/proofs, for this GPU, driver, PyTorch, Triton and these sources: nothing is
-proved twice. FASTRES_PROVE=0 trusts every kernel.
+prove_plan(plan, inputs, device)   what engines call: {(candidate, problem): why it is left out}
+prove(job, target, device)         one call, in this process; raises Disproved
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import fastres
-from fastres import backends, env
+from fastres import backends
 from fastres.ahead import Job, jobs_of
 from fastres.graph.fold import LayerParameters
 from fastres.graph.ir import Node
-from fastres.plan.candidate import REGISTRY
+from fastres.plan.candidate import REGISTRY, Candidate
 from fastres.plan.measure import call_of, random_input, random_nodes, runner
 from fastres.plan.planner import Plan
 from fastres.plan.problem import ConvSpec, LinearSpec, Problem, Target
 from fastres.plan.steps import on_device
+from fastres.proof.record import Disproved, faults_of, wanted
 
-log = logging.getLogger("fastres")
-
-# Where kernels meet what nobody has tried; those of a CPU are tested on CPUs.
-DEVICES = ("cuda",)
 # Different images; a larger batch repeats them, so that fp64 computes no more than these.
 _DISTINCT = 3
-# What one proof may take before its process is ended, in seconds; it compiles where nothing was compiled ahead.
-_PATIENCE_S = 60.0
-_GREETING = "does the GPU answer there?"
 # Threads that run the same plan wait for its proof.
 _one_at_a_time = threading.Lock()
-
-
-class Disproved(Exception):
-    """A kernel's numbers are wrong."""
 
 
 # -- one proof -------------------------------------------------------------------------------------------------------
@@ -197,153 +173,23 @@ def _tf32(allowed: bool) -> Iterator[None]:
 def prove_plan(
     plan: Plan, inputs: Sequence[Any], device: torch.device, work: Callable[..., float] = prove
 ) -> dict[tuple[str, Problem], str]:
-    """(candidate, problem) → why it must not run, of all kernel calls of `plan` on inputs like these.
-
-    What cannot be proved, because no process can be started or the GPU's memory is full, is trusted. Never raises, but
-    ValueError for a FASTRES_PROVE that is neither 0 nor 1.
-    """
-    if device.type not in DEVICES or not env.proves():
+    """(candidate, problem) → why it must not run, of all kernel calls of `plan` on inputs like these."""
+    if not wanted(device):
         return {}
     with _one_at_a_time:
         if plan.faults is None:
-            try:
-                jobs = [
-                    j for j in jobs_of(plan, inputs) if REGISTRY[j.candidate].source.startswith("kernels/")
-                ]
-                plan.faults = _prove(jobs, plan.target, device, work)
-            except Exception as error:  # never the user's failure
-                log.info("kernels are not proved: %s: %s", type(error).__name__, error)
-                plan.faults = {}
+            calls = {key_of(job): job for job in jobs_of(plan, inputs) if of_ours(REGISTRY[job.candidate])}
+            faults = faults_of(calls, device, work, plan.target, str(device))
+            plan.faults = {(calls[key].candidate, calls[key].problem): why for key, why in faults.items()}
     return plan.faults
 
 
-def _prove(
-    jobs: list[Job], target: Target, device: torch.device, work: Callable[..., float]
-) -> dict[tuple[str, Problem], str]:
-    record = Record.of(device)
-    if unknown := [job for job in jobs if job not in record]:
-        start = time.perf_counter()
-        _find_out(unknown, record, (target, str(device), work))
-        took = time.perf_counter() - start
-        log.info("proved %d kernel calls in %.1f s", sum(job in record for job in unknown), took)
-    return {(job.candidate, job.problem): fault for job in jobs if (fault := record.fault(job))}
+def of_ours(candidate: Candidate) -> bool:
+    """Whether its device code is this library's; PyTorch's own calls are trusted."""
+    return candidate.source.startswith("kernels/")
 
 
-def _find_out(jobs: list[Job], record: Record, context: tuple) -> None:
-    """Into the record, what can be found out."""
-    from fastres.workers import ask
-
-    answers = False
-
-    def pieces() -> Iterator[Any]:
-        yield _GREETING
-        if answers:
-            yield from jobs
-
-    for job, answer in ask(pieces(), _asked, context, jobs=1, patience_s=_PATIENCE_S):
-        fault = why_left_out(answer.reason)
-        if job == _GREETING:
-            answers = not answer.reason
-            if not answers:
-                log.info("kernels are not proved, a process of their own has no GPU: %s", answer.reason)
-        elif answer.reason and not fault:
-            log.info("not proved: %s on %s: %s", job.candidate, job.problem, answer.reason)
-        else:
-            record.add(job, fault)
-
-
-def _asked(job: Any, target: Target, device: str, work: Callable[..., float]) -> float:
-    if job == _GREETING:
-        backends.load()
-        return float(torch.zeros(1, device=device).item())
-    return work(job, target, device)
-
-
-def why_left_out(reason: str) -> str:
-    """The reason as a report says it, where it speaks against the kernel; else "" (no memory, no process)."""
-    if reason.startswith(f"{Disproved.__name__}: "):
-        return f"it was wrong on this device: {reason.partition(': ')[2]}"
-    if "out of memory" in reason or "SIGKILL" in reason or "did not start" in reason:
-        return ""
-    if "its process died" in reason or "CUDA error" in reason or "Triton Error [CUDA]" in reason:
-        return f"it crashed on this device: {reason}"
-    return f"it hung on this device: {reason}" if "did not end" in reason else ""
-
-
-# -- what is known ---------------------------------------------------------------------------------------------------
-
-
-class Record:
-    """What was proved on a device with the software that is here: a line of text a kernel call, "" or its fault.
-
-    Processes append to one file; what cannot be written is known to this process alone.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.known: dict[str, str] = {}
-        with contextlib.suppress(OSError):
-            for line in path.read_text().splitlines():
-                key, tab, fault = line.partition("\t")
-                if tab:
-                    self.known[key] = fault
-
-    @staticmethod
-    def of(device: torch.device) -> Record:
-        return _record(env.cache_dir() / "proofs", _surroundings(device))
-
-    def __contains__(self, job: Job) -> bool:
-        return _key(job) in self.known
-
-    def fault(self, job: Job) -> str:
-        fault = self.known.get(_key(job), "")
-        return f"{fault} (noted in {self.path})" if fault else ""
-
-    def add(self, job: Job, fault: str = "") -> None:
-        key, fault = _key(job), " ".join(fault.split())
-        self.known[key] = fault
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as file:
-                file.write(f"{key}\t{fault}\n")
-        except OSError as error:
-            log.info("proofs are not kept: %s", error)
-
-
-def _key(job: Job) -> str:
+def key_of(job: Job) -> str:
+    """What its proof is kept under."""
     planar = f" contiguous {','.join(sorted(job.planar))}" if job.planar else ""
     return f"{job.candidate} {job.problem.key} {job.config}{planar}"
-
-
-@cache
-def _record(folder: Path, surroundings: str) -> Record:
-    return Record(folder / f"{hashlib.sha256(surroundings.encode()).hexdigest()[:16]}.txt")
-
-
-@cache
-def _surroundings(device: torch.device) -> str:
-    """What a proof holds for."""
-    from fastres.plan.target import detect
-
-    target = detect(device)
-    driver = ""
-    with contextlib.suppress(OSError):
-        driver = Path("/proc/driver/nvidia/version").read_text()
-    return "\n".join([target.name, target.arch, driver, torch.__version__, _version("triton"), _sources()])
-
-
-@cache
-def _sources() -> str:
-    """A digest of the kernels and of what launches them."""
-    folder, digest = Path(fastres.__file__).parent, hashlib.sha256()
-    for path in sorted([*(folder / "kernels").rglob("*"), *(folder / "backends").rglob("*")]):
-        if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h"):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
