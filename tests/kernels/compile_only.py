@@ -34,7 +34,7 @@ class Compiled:
         shared: bytes of shared memory of a block.
         registers: of a thread; stack: its bytes of local memory, where spilled registers go.
         tensor_cores: how many tensor-core instructions stand in the PTX.
-        ptx: the PTX.
+        ptx: the PTX; cubin: the machine code.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Compiled:
     stack: int
     tensor_cores: int
     ptx: str
+    cubin: bytes
 
 
 def specialization(kernel: Any, args: Mapping[str, Any], options: Mapping[str, Any], capability: int) -> str:
@@ -62,6 +63,7 @@ def compile_for(capability: int, kernel: Any, args: Mapping[str, Any], **options
         stack,
         len(TENSOR_CORES.findall(ptx)),
         ptx,
+        compiled.asm["cubin"],
     )
 
 
@@ -98,14 +100,25 @@ def unordered(ptx: str) -> list[str]:
     return found
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
+def added_waits(compiled: Compiled) -> int:
+    """How many waits for wgmma ptxas put in beside the program's own: where its products' registers may be touched
+    while they run it makes every product wait for the one before (its warnings C7510 and C7512)."""
+    ours = len(re.findall(r"\bwgmma\.wait_group\b", compiled.ptx))
+    return len(re.findall(r"\bWARPGROUP\.DEPBAR\b", _cuobjdump("-sass", compiled.cubin))) - ours
+
+
+def _cuobjdump(what: str, cubin: bytes) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [os.fspath(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
+        return subprocess.run(
+            [os.fspath(tool), what, file.name], capture_output=True, text=True, check=True
         ).stdout
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    text = _cuobjdump("-res-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {text!r}")

@@ -1,12 +1,15 @@
 """The Hopper kernels compile for sm_90 as the networks' layers would launch them, on this Triton and on
 3.6: wgmma, no spilled register, shared memory within the limit. No GPU is needed."""
 
+import importlib
+import inspect
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import triton
-from compile_only import SHARED_LIMIT, compile_for, specialization, unordered
+from compile_only import SHARED_LIMIT, added_waits, compile_for, specialization, unordered
 from problems import H100, NETWORKS, make_nodes, network_problems
 
 from fastres.backends import triton_hopper  # noqa: F401
@@ -17,6 +20,8 @@ pytestmark = pytest.mark.gate
 HERE = tuple(int(part) for part in triton.__version__.split(".")[:2])
 TARGET = replace(H100, triton=HERE)
 HOPPER = [candidate for candidate in REGISTRY.candidates.values() if candidate.backend == "hopper"]
+# Their A operands are in registers, which is where ptxas gives wgmma's overlap up; reading machine code takes 0.5 s.
+CHAINED = ("expand_reduce_kernel", "shifted_block_kernel", "stem_pool_kernel")
 # A multiprocessor's shared memory; each resident block takes 1 KB more than it asks for.
 MULTIPROCESSOR = 228 * 1024
 
@@ -54,6 +59,8 @@ def check(problem, config, call, spills=False):
     assert "wgmma.mma_async" in compiled.ptx, f"{what}: no wgmma"
     assert spills or compiled.stack == 0, f"{what}: {compiled.stack} bytes of spilled registers a thread"
     assert not (found := unordered(compiled.ptx)), f"{what}: {found[0]}"
+    if compiled.name in CHAINED:
+        assert added_waits(compiled) == 0, f"{what}: ptxas serialised its wgmma"
     blocks = getattr(config, "per_sm", 1)
     assert compiled.shared <= SHARED_LIMIT[90], f"{what}: {compiled.shared} bytes of shared memory"
     assert blocks * (compiled.shared + 1024) <= MULTIPROCESSOR, f"{what}: {blocks} blocks do not fit"
@@ -137,3 +144,31 @@ def test_a_missing_barrier_is_seen():
     assert len(needed) >= 4 and not unordered("\n".join(lines))
     for at in needed:
         assert unordered("\n".join(lines[:at] + lines[at + 1 :])), lines[at]
+
+
+CARRIED = (
+    ("y, a = warpgroup_mma_wait(0, deps=(y, a))", "y, a = warpgroup_mma_wait(1, deps=(y, a))"),
+    (
+        "        if SCALED:\n            y =",
+        "        y = warpgroup_mma_wait(0, deps=(y,))\n        if SCALED:\n            y =",
+    ),
+)
+
+
+def test_serialised_products_are_seen(tmp_path, monkeypatch):
+    """With a product in flight over the loop's back edge, its operand in registers."""
+    candidate = REGISTRY["hopper.expand_reduce"]
+    _, _, call = launches(candidate, ("resnet50",))[0]
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    for file in ("hopper_common.py", "hopper_expand_reduce.py"):
+        text = (Path(inspect.getfile(call.kernel.fn)).parent / file).read_text()
+        if "expand_reduce" in file:
+            for old, new in CARRIED:
+                assert old in text
+                text = text.replace(old, new)
+        (folder / file).write_text(text)
+    (folder / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    broken = importlib.import_module("broken.hopper_expand_reduce").expand_reduce_kernel
+    assert added_waits(compile_for(90, broken, call.arguments, **call.options)) > 0
