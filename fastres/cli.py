@@ -24,7 +24,7 @@ for _command in (bench, tune, train):
 
 @app.command()
 def info() -> None:
-    """The device, the versions, and which backends can run here, or why not."""
+    """The device, the versions, which backends can run here, or why not, and which kernels failed their proof."""
     import platform
 
     import torch
@@ -33,13 +33,15 @@ def info() -> None:
     from fastres import backends, env
     from fastres.plan.candidate import REGISTRY
     from fastres.plan.target import detect, triton_version
+    from fastres.proof.record import Record
 
     typer.echo(
         f"fastres {fastres.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
     )
     triton = triton_version()
     typer.echo(f"triton {'.'.join(map(str, triton)) if triton else 'not installed'}")
-    target = detect(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    target = detect(device)
     units = "SMs" if target.kind == "cuda" else "threads"
     typer.echo(f"device: {target.name or target.arch} ({target.arch}, {target.sms} {units})")
     missing = backends.load()
@@ -50,6 +52,12 @@ def info() -> None:
         typer.echo(f"  {family:10s} {'not here: ' + reason if reason else 'ready'}")
         for candidate in candidates if not reason else ():
             typer.echo(f"    {candidate.name:28s} {candidate.source}")
+    kept = Record.of(device)
+    if target.kind == "cuda" or kept.known:
+        faults = {key: fault for key, fault in kept.known.items() if fault}
+        typer.echo(f"proofs: {len(kept.known)} kernel calls tried, {len(faults)} left out ({kept.path})")
+        for key, fault in faults.items():
+            typer.echo(f"  {key}: {fault}")
     typer.echo("environment:")
     for name, meaning in env.VARIABLES.items():
         typer.echo(f"  {name:20s} {os.environ.get(name, '-'):12s} {meaning}")

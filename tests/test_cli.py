@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 from fastres import env
 from fastres.backends import FAMILIES
 from fastres.cli import app
+from fastres.proof.record import Record
 
 
 def run(*arguments: str):
@@ -20,6 +21,16 @@ def test_info_names_versions_device_every_backend_and_variable():
     lines = {line.split()[0]: line for line in result.output.splitlines() if line.strip()}
     assert "ready" in lines["reference"]
     assert "ready" in lines["cudnn"] or "not here: it needs an NVIDIA GPU" in lines["cudnn"]
+
+
+def test_info_names_kernels_that_failed_their_proof(monkeypatch, tmp_path):
+    kept = Record(tmp_path / "proofs.txt")
+    kept.add("hopper.dual n256 right")
+    kept.add("hopper.dual n1 wrong", "it was wrong on this device")
+    monkeypatch.setattr(Record, "of", staticmethod(lambda device: kept))
+    output = run("info").output
+    assert f"proofs: 2 kernel calls tried, 1 left out ({kept.path})" in output
+    assert "  hopper.dual n1 wrong: it was wrong on this device" in output and "n256" not in output
 
 
 @pytest.mark.parametrize("arch", ["sm80", "sm90", "cpu"])
