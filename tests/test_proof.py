@@ -235,6 +235,8 @@ def test_where_nothing_can_be_written_this_process_knows(tmp_path):
     kept.add(plan.key_of(job), "it was\twrong\nby far")
     assert "it was wrong by far" in kept.fault(plan.key_of(job))
     assert plan.key_of(replace(job, planar=frozenset({"conv.x"}))) not in kept
+    for n, known in ((1, False), (4, False), (6, True), (8, True), (9, False)):
+        assert (plan.key_of(replace(job, problem=problem().with_batch(n))) in kept) == known, n
 
 
 def test_records_are_of_one_machine_and_these_sources(tmp_path, monkeypatch):

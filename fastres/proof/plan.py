@@ -190,6 +190,8 @@ def of_ours(candidate: Candidate) -> bool:
 
 
 def key_of(job: Job) -> str:
-    """What its proof is kept under."""
+    """What its proof is kept under. Batch sizes up to the same power of two count as one: who meets many would
+    start a process for each."""
     planar = f" contiguous {','.join(sorted(job.planar))}" if job.planar else ""
-    return f"{job.candidate} {job.problem.key} {job.config}{planar}"
+    batch = 1 << (job.problem.n - 1).bit_length()
+    return f"{job.candidate} n<={batch} {job.problem.layer_key} {job.config}{planar}"
