@@ -87,7 +87,8 @@ class Allocating:
     def __init__(
         self, segment: Segment, context: Context, index: int, reads: dict[str, int], deaths: list[int]
     ):
-        self.segment, self.context, self.deaths = segment, context, deaths
+        # not the context itself: a cycle would hold its memory until the next garbage collection
+        self.segment, self.constants, self.deaths = segment, context.constants, deaths
         self.reads = tuple(reads.values())
         self.writes = tuple(value for _, value in segment.match.outputs)
         self.donated = context.donated(segment, index)
@@ -112,7 +113,7 @@ class Allocating:
 
     def _bind(self):
         segment = self.segment
-        constants = self.context.constants.get(segment)
+        constants = self.constants.get(segment)
         return segment.candidate.bind(
             segment.problem, segment.cost.config, Buffers({}, donated=self.donated), constants
         )
@@ -122,7 +123,8 @@ class Writing:
     def __init__(
         self, segment: Segment, context: Context, index: int, reads: dict[str, int], deaths: list[int]
     ):
-        self.segment, self.context, self.reads, self.deaths = segment, context, reads, deaths
+        self.segment, self.constants, self.reads, self.deaths = segment, context.constants, reads, deaths
+        self.counters, self.workspace = context._counter_views[id(segment)], context.workspace
         self.outputs = {role: context.buffers[value] for role, value in segment.match.outputs}
         self.writes = tuple((value, context.buffers[value]) for _, value in segment.match.outputs)
         self.dynamic = tuple(v for v in reads.values() if v not in context.buffers)
@@ -147,13 +149,11 @@ class Writing:
             values[value] = None
 
     def _bind(self, values: Values):
-        segment, context = self.segment, self.context
+        segment = self.segment
         inputs = {name: values[place] for name, place in self.reads.items()}
-        buffers = Buffers(
-            inputs | self.outputs, context._counter_views[id(segment)], context.workspace, self.donated
-        )
+        buffers = Buffers(inputs | self.outputs, self.counters, self.workspace, self.donated)
         return segment.candidate.bind(
-            segment.problem, segment.cost.config, buffers, context.constants.get(segment)
+            segment.problem, segment.cost.config, buffers, self.constants.get(segment)
         )
 
 

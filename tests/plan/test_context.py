@@ -1,7 +1,9 @@
 """Contexts: kernels that write into an arena, beside calls that bring their own memory, all on poisoned memory."""
 
 import contextlib
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -316,6 +318,24 @@ def test_memory_is_what_is_held():
         context = context_of(model, image(), by_backend(fake=1.0))
     assert context.memory >= 2 * 6 * 9 * 7 * 8
     assert context.memory == context.arena.numel() + 4 * context.counters.numel() + context.workspace.numel()
+
+
+@pytest.mark.parametrize("backend", ["fake", "reference"])
+def test_memory_goes_with_the_context_and_waits_for_no_garbage_collection(backend, writers):
+    """On a GPU it is a gigabyte: `release()` and a plan that falls out of use give it back at once."""
+    model = randomised(nn.Sequential(*conv_bn(4, 6), nn.ReLU(), *conv_bn(6, 6), nn.Softplus()))
+    context = context_of(model, image(), by_backend(**{backend: 1.0}), static_inputs=True)
+    with torch.no_grad():
+        for _ in range(2):
+            context.run((image(),))
+    assert len(set(ran(context))) > 1
+    held = weakref.ref(context)
+    gc.disable()
+    try:
+        del context
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_an_opaque_call_reads_a_value_as_it_came_and_a_kernel_in_its_form():
