@@ -133,7 +133,9 @@ class Engine:
             except CandidateFailed:
                 raise
             except Exception as error:
-                context.graph_refused = f"{type(error).__name__}: {error}"
+                # CUDA's first line says it, the others where to read about it
+                words = (str(error).strip().splitlines() or [""])[0]
+                context.graph_refused = f"{type(error).__name__}: {words}"
                 log.warning("no CUDA graph for this network: %s", context.graph_refused)
         return context.run(inputs)
 

@@ -120,6 +120,11 @@ def report(module: nn.Module, inputs: Any, measure: bool, name: str = "") -> Rep
     if engine.prepared.plans:
         key, plan = next(reversed(engine.prepared.plans.items()))
         made = of_plan(plan, key=key, engine=engine if measure else None, name=name)
+        refused = {c.graph_refused for contexts in engine._idle.values() for c in contexts if c.graph_refused}
+        made.notes += [f"no CUDA graph: {why}" for why in refused]
+        made.notes += [
+            f"left out: {candidate} on {p}: {why}" for (candidate, p), why in engine.dropped.items()
+        ]
     for refused, why in engine.prepared.refused.items():
         shapes = ", ".join("x".join(map(str, shape)) for shape, _ in refused.inputs)
         made.notes.append(f"{name} {shapes}: no plan, PyTorch's own calls run: {why}")
@@ -153,10 +158,6 @@ def of_plan(plan: Plan, key: Key | None = None, engine: Engine | None = None, na
     title = f"{name} {shapes} {dtype_name(plan.dtype)} on {target.name or target.arch}{measured}"
     notes = list(plan.graph.notes)
     notes.append(f"predicted: {plan.predicted_ms:.3f} ms in {len(rows)} steps")
-    if engine is not None:
-        refused = {c.graph_refused for contexts in engine._idle.values() for c in contexts if c.graph_refused}
-        notes += [f"no CUDA graph: {why}" for why in refused]
-        notes += [f"left out: {name} on {p}: {why}" for (name, p), why in engine.dropped.items()]
     return Report(title, rows, notes)
 
 

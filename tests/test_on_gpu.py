@@ -208,6 +208,37 @@ def test_streams_and_threads_have_contexts_of_their_own():
     assert not failures, failures[0]
 
 
+class Inverse(nn.Module):
+    """Asks the GPU for its result, which no capture allows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = small(FP32)
+
+    def forward(self, x):
+        y = self.layers(x)
+        return torch.linalg.inv(y + 9 * torch.ones(12, device=y.device).diag())
+
+
+def test_a_capture_that_fails_leaves_everything_as_it_was():
+    model = Inverse().eval()
+    fast = fastres.accelerate(model, **MECHANISM)
+    x, stream = images(dtype=FP32), torch.cuda.current_stream()
+    with torch.inference_mode():
+        expected = model(x)
+        for _ in range(3):
+            alike(fast(x), expected)
+            assert torch.cuda.current_stream() == stream
+        assert all(c.graph is None for c in contexts(fast))
+        assert any("CUDA graph" in note for note in fast.report(measure=False).notes)
+        # another network's capture, afterwards
+        other = small()
+        expected, fast = other(images()), fastres.accelerate(other, **MECHANISM)
+        for _ in range(3):
+            alike(fast(images()), expected)
+        assert any(c.graph is not None for c in contexts(fast))
+
+
 def test_without_graphs_nothing_is_captured():
     fast = fastres.accelerate(small(), graphs="off", **MECHANISM)
     with torch.inference_mode():

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +31,11 @@ from fastres.plan.steps import (
 )
 
 log = logging.getLogger("fastres")
+
+# A stream records for one capture: what another thread launches into it meanwhile would be part of the graph. So there
+# is one capture at a time, on a stream of our own (torch.cuda.graph's default is everybody's).
+_capturing = threading.Lock()
+_capture_stream = cache(torch.cuda.Stream)
 
 
 class Context:
@@ -218,9 +225,15 @@ class Context:
     def capture(self) -> None:
         """Captures the next runs as one CUDA graph. The context has run before, so that everything is compiled."""
         graph = torch.cuda.CUDAGraph()
-        before = torch.cuda.memory_reserved(self.device)
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._execute(self.values)
+        with _capturing, torch.cuda.device(self.device):
+            before = torch.cuda.memory_reserved(self.device)
+            stream = _capture_stream(self.device)
+            # `stream` twice: where a capture cannot begin or end, torch.cuda.graph leaves it current
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            ):
+                self._execute(self.values)
         self.graph = graph
         # the graph's own pool: what allocating candidates and opaque calls return
         self._graph_bytes = max(0, torch.cuda.memory_reserved(self.device) - before)
