@@ -42,6 +42,16 @@ FASTRES_DEVICE void fence_async_shared() {
 #endif
 }
 
+// One lane of the warp, always the same. Behind it ptxas knows that one thread is there, and issues a TMA load as it
+// stands; behind lane == 0 it makes a loop over threads of each.
+FASTRES_DEVICE bool elect_one() {
+  uint32_t elected = 0;
+#ifdef FASTRES_SM90
+  asm volatile("{.reg .pred p; elect.sync _|p, 0xffffffff; selp.b32 %0, 1, 0, p;}" : "=r"(elected));
+#endif
+  return elected != 0;
+}
+
 // --- clusters
 
 FASTRES_DEVICE uint32_t cluster_rank() {

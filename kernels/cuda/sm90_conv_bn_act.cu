@@ -186,7 +186,7 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
           static_cast<T*>(p.out_rows)[to] = *reinterpret_cast<const T*>(slot + at);
         });
       }
-      if (thread == 0) {
+      if (warp == 0 && ptx::elect_one()) {
         if (p.by_tma) {
           const uint32_t from = base + slots + out.slot * kChunkBytes;
           if constexpr (kHalo) {
@@ -246,7 +246,7 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
       });
     }
   }
-  if (thread == 0) ptx::store_wait_all();
+  if (warp == 0 && ptx::elect_one()) ptx::store_wait_all();
 }
 
 FASTRES_DEVICE void sync_blocks(int cluster) {
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_conv_bn_act_kernel(const __g
   const ConvLayout layout = ConvLayout::of(kTile, p.stages, p.slots);
   const ConvBarriers b{base + layout.barriers};
   const Tickets tickets{reinterpret_cast<const volatile int*>(memory + layout.ticks), b};
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
   const int rank = p.cluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
 
   if (threadIdx.x == 0) {
@@ -294,12 +294,12 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_conv_bn_act_kernel(const __g
   sync_blocks(p.cluster);
   // Filters were written long ago: they come while the kernel before this one is still at work.
   int ahead = 0;
-  if (threadIdx.x == 0) ahead = load_filters_ahead<kFilters, kPixels>(p, base + layout.stages, b, rank);
+  if (warp == 0 && ptx::elect_one()) ahead = load_filters_ahead<kFilters, kPixels>(p, base + layout.stages, b, rank);
   ptx::wait_for_predecessor();
 
   if (warp < 4) {
     ptx::give_registers<kLoaderRegisters>();
-    if (lane == 0) {
+    if (ptx::elect_one()) {
       if (warp == 0) {
         load_operands<kFilters, kPixels>(p, base, base + layout.stages, b, tickets, rank, ahead);
       } else if (warp <= kConvGroups) {

@@ -130,7 +130,7 @@ FASTRES_DEVICE void compute(const ShiftedBlock& p, unsigned char* memory, uint32
   const auto leave = [&](const TensorMap* map, int n, int channel, const BlockTile& at) {
     ptx::fence_async_shared();
     ptx::sync_named(1 + group, 128);
-    if (thread == 0) {
+    if (warp == 0 && ptx::elect_one()) {
       ptx::store_box(map, ring + n % kRingSlots * kMatrixBytes, channel, at.w, at.h, at.n);
       ptx::store_commit();
       ptx::store_wait_read<1>();
@@ -220,7 +220,7 @@ FASTRES_DEVICE void compute(const ShiftedBlock& p, unsigned char* memory, uint32
       ++chunks;
     }
   }
-  if (thread == 0) ptx::store_wait_all();
+  if (warp == 0 && ptx::elect_one()) ptx::store_wait_all();
 }
 
 template <class T, bool kReduce>
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_shifted_block_kernel(const _
   unsigned char* memory = ptx::dynamic_shared();
   const uint32_t base = ptx::shared_address(memory);
   const uint32_t weights_full = base + kLayout.barriers;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = static_cast<int>(threadIdx.x) / 32;
 
   if (threadIdx.x == 0) {
     ptx::barrier_init(weights_full, 1);
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_shifted_block_kernel(const _
   }
   ptx::sync_threads();
   // The weights were written long ago: they come while the kernel before this one is still at work.
-  if (threadIdx.x == 0) load_weights<T, kReduce>(p, base, weights_full);
+  if (warp == 0 && ptx::elect_one()) load_weights<T, kReduce>(p, base, weights_full);
   ptx::wait_for_predecessor();
 
   if (warp < 4) {
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_shifted_block_kernel(const _
     const int group = warp % kBlockGroups;
     const Barriers b(base, kLayout, group);
     int* ticks = reinterpret_cast<int*>(memory + kLayout.ticks) + group * kTickSlots;
-    if (lane == 0) {
+    if (ptx::elect_one()) {
       if (warp < kBlockGroups) {
         load_halos(p, base + kLayout.halo + group * kHaloSlots * kHaloBytes, ticks, b);
       } else {

@@ -198,13 +198,15 @@ __global__ void matrices_kernel(const __grid_constant__ Probe p) {
   p.status[0] = 1;
 }
 
-// Roles share registers out as sm90_conv_bn_act does: it ends, if the sum is what a block has.
+// Roles share registers out as sm90_conv_bn_act does: it ends, if the sum is what a block has. out: by thread, whether it
+// was elected, the first time (1) and the second (2).
 __global__ void __launch_bounds__(384, 1) registers_kernel(const __grid_constant__ Probe p) {
   if (threadIdx.x < 128) {
     ptx::give_registers<40>();
   } else {
     ptx::take_registers<232>();
   }
+  p.out[threadIdx.x] = (ptx::elect_one() ? 1 : 0) + (ptx::elect_one() ? 2 : 0);
   ptx::sync_threads();
   if (threadIdx.x == 0) p.status[0] = 1;
 }

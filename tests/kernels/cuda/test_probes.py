@@ -254,9 +254,11 @@ def test_matrices_are_transposed_on_their_way(hopper):
     assert np.array_equal(shown.out[512:].view(np.uint16), data[:256])
 
 
-def test_roles_share_out_a_blocks_registers(hopper):
-    (shown,) = run(hopper, [Call("registers", [], np.zeros(8, np.uint8), np.zeros(8, np.uint8))])
+def test_roles_share_out_a_blocks_registers_and_a_warp_elects_the_same_lane_each_time(hopper):
+    (shown,) = run(hopper, [Call("registers", [], np.zeros(8, np.uint8), np.zeros(384, np.uint8))])
     assert shown.status[0] == 1
+    elected = shown.out.reshape(12, 32)
+    assert (elected.sum(1) == 3).all() and (elected.max(1) == 3).all()
 
 
 def test_a_row_of_overlapping_launches_with_clusters_as_a_graph(hopper):

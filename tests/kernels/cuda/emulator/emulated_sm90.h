@@ -138,6 +138,8 @@ void wgmma_wait(float (&)[kRegisters]) {
 }
 inline void fence_async_shared() { self->async_fenced = true; }
 
+inline bool elect_one() { return self->linear % 32 == 0; }
+
 // --- clusters
 
 inline uint32_t cluster_rank() { return static_cast<uint32_t>(self->block->rank); }
