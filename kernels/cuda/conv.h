@@ -6,6 +6,24 @@
 
 namespace fastres {
 
+// Division by a number that the host knows, of what is at least 0 and below 2^31: a product and a shift (Granlund and
+// Montgomery 1994, figure 4.1) instead of twenty instructions.
+struct Divisor {
+  uint32_t by, multiplier, shift;
+
+  FASTRES_BOTH static constexpr Divisor of(int by) {
+    const uint64_t d = static_cast<uint64_t>(by);
+    uint32_t shift = 0;
+    while (uint64_t{1} << shift < d) ++shift;
+    return {static_cast<uint32_t>(by), static_cast<uint32_t>((((uint64_t{1} << shift) - d) << 32) / d + 1), shift};
+  }
+};
+FASTRES_BOTH constexpr int operator/(int n, const Divisor& d) {
+  const uint32_t high = static_cast<uint32_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * d.multiplier >> 32);
+  return static_cast<int>((high + static_cast<uint32_t>(n)) >> d.shift);
+}
+FASTRES_BOTH constexpr int operator%(int n, const Divisor& d) { return n - n / d * static_cast<int>(d.by); }
+
 struct ConvShape {
   int n, h, w, c;  // input [n, h, w, c]
   int p, q, k;     // output [n, p, q, k]
@@ -96,8 +114,9 @@ FASTRES_BOTH constexpr Range part_of(int steps, int part, int parts) {
 // on. (Where the stride exceeds the image, one that lies inside for none may be among them; it adds zeros.)
 FASTRES_BOTH constexpr Range taps_inside(int first, int count, int taps, int stride, int pad, int dilation, int extent) {
   const int low = first * stride - pad, high = low + (count - 1) * stride;
-  const int begin = high < 0 ? static_cast<int>(ceil_div(-high, dilation)) : 0;
-  const int end = low < extent ? (extent - 1 - low) / dilation + 1 : 0;
+  const auto over = [dilation](int n) { return dilation == 1 ? n : n / dilation; };  // most have 1: spare the division
+  const int begin = high < 0 ? over(dilation - 1 - high) : 0;
+  const int end = low < extent ? over(extent - 1 - low) + 1 : 0;
   const int capped = end < taps ? end : taps;
   return {begin, capped > begin ? capped : begin};
 }

@@ -13,21 +13,33 @@ constexpr int kLatencyDepth = 64;  // channels a step: a 128-byte row
 // pixels at one tap are a box too, so that one TMA load brings them, and a box at the image's edge can do without the
 // taps that lie in the padding for all of it.
 struct ConvBoxes {
-  int images, rows, columns;        // of a box
-  int filters;                      // of a block
-  int boxes_n, boxes_p, boxes_q;    // of them
-  int filter_tiles, groups, parts;
+  Divisor rows, columns;                  // of a box
+  Divisor boxes_p, boxes_q, filter_tiles, groups, parts;
+  Divisor chunks;                         // of 64 channels
+  int images, filters, boxes_n;           // of a box, of a block, of boxes
 
-  FASTRES_BOTH constexpr int pixels() const { return images * rows * columns; }
+  FASTRES_BOTH constexpr int pixels() const { return images * static_cast<int>(rows.by * columns.by); }
   FASTRES_BOTH constexpr int64_t blocks() const {
-    return static_cast<int64_t>(boxes_n) * boxes_p * boxes_q * filter_tiles * groups * parts;
+    return static_cast<int64_t>(boxes_n) * boxes_p.by * boxes_q.by * filter_tiles.by * groups.by * parts.by;
   }
   FASTRES_BOTH static constexpr ConvBoxes of(const ConvShape& v, int images, int rows, int columns, int filters,
                                               int parts) {
-    return {images, rows, columns, filters,
-            static_cast<int>(ceil_div(v.n, images)), static_cast<int>(ceil_div(v.p, rows)),
-            static_cast<int>(ceil_div(v.q, columns)), static_cast<int>(ceil_div(v.group_k(), filters)),
-            v.groups, parts};
+    const auto pieces = [](int64_t extent, int of) { return Divisor::of(static_cast<int>(ceil_div(extent, of))); };
+    return {Divisor::of(rows),
+            Divisor::of(columns),
+            pieces(v.p, rows),
+            pieces(v.q, columns),
+            pieces(v.group_k(), filters),
+            Divisor::of(v.groups),
+            Divisor::of(parts),
+            pieces(v.group_c(), kLatencyDepth),
+            images,
+            filters,
+            static_cast<int>(ceil_div(v.n, images))};
+  }
+  // Steps [begin, end) of `steps` (below 2^27) for part `part`; sizes differ by at most one.
+  FASTRES_BOTH constexpr Range part(int steps, int part) const {
+    return {steps * part / parts, steps * (part + 1) / parts};
   }
 };
 struct ConvBox {
@@ -35,41 +47,49 @@ struct ConvBox {
 
   FASTRES_BOTH static constexpr ConvBox of(const ConvBoxes& b, int block) {
     ConvBox at{};
-    at.part = block % b.parts, block /= b.parts;
-    at.first_filter = block % b.filter_tiles * b.filters, block /= b.filter_tiles;
-    at.group = block % b.groups, block /= b.groups;
-    at.q = block % b.boxes_q * b.columns, block /= b.boxes_q;
-    at.p = block % b.boxes_p * b.rows, block /= b.boxes_p;
+    const auto take = [&block](const Divisor& d) {
+      const int rest = block % d;
+      block = block / d;
+      return rest;
+    };
+    at.part = take(b.parts);
+    at.first_filter = take(b.filter_tiles) * b.filters;
+    at.group = take(b.groups);
+    at.q = take(b.boxes_q) * static_cast<int>(b.columns.by);
+    at.p = take(b.boxes_p) * static_cast<int>(b.rows.by);
     at.n = block * b.images;
     return at;
   }
   // Of the box's pixel `m`, in the output; -1 where there is none.
-  FASTRES_BOTH constexpr int64_t pixel(const ConvShape& v, const ConvBoxes& b, int m) const {
+  FASTRES_BOTH constexpr int pixel(const ConvShape& v, const ConvBoxes& b, int m) const {
     const int row = m / b.columns, image = row / b.rows;
-    const int i = n + image, y = p + row - image * b.rows, x = q + m - row * b.columns;
+    const int i = n + image, y = p + row - image * static_cast<int>(b.rows.by);
+    const int x = q + m - row * static_cast<int>(b.columns.by);
     if (image >= b.images || i >= v.n || y >= v.p || x >= v.q) return -1;
-    return (static_cast<int64_t>(i) * v.p + y) * v.q + x;
+    return (i * v.p + y) * v.q + x;
   }
 };
 
 // A box's steps of depth: the taps that it needs, row by row, each in chunks of 64 channels.
 struct Taps {
   Range r, s;
-  int chunks;
+  Divisor chunks;
 
   FASTRES_BOTH static constexpr Taps of(const ConvShape& v, const ConvBoxes& b, const ConvBox& at) {
-    const int rows = v.p - at.p < b.rows ? v.p - at.p : b.rows, columns = v.q - at.q < b.columns ? v.q - at.q : b.columns;
-    return {taps_inside(at.p, rows, v.r, v.stride_h, v.pad_h, v.dilation_h, v.h),
-            taps_inside(at.q, columns, v.s, v.stride_w, v.pad_w, v.dilation_w, v.w),
-            static_cast<int>(ceil_div(v.group_c(), kLatencyDepth))};
+    const int rows = static_cast<int>(b.rows.by), columns = static_cast<int>(b.columns.by);
+    const int height = v.p - at.p < rows ? v.p - at.p : rows, width = v.q - at.q < columns ? v.q - at.q : columns;
+    return {taps_inside(at.p, height, v.r, v.stride_h, v.pad_h, v.dilation_h, v.h),
+            taps_inside(at.q, width, v.s, v.stride_w, v.pad_w, v.dilation_w, v.w), b.chunks};
   }
-  FASTRES_BOTH constexpr int steps() const { return (r.end - r.begin) * (s.end - s.begin) * chunks; }
+  FASTRES_BOTH constexpr int steps() const { return (r.end - r.begin) * (s.end - s.begin) * static_cast<int>(chunks.by); }
   struct Step {
     int r, s, chunk;
   };
   FASTRES_BOTH constexpr Step step(int i) const {
     const int tap = i / chunks, width = s.end - s.begin;
-    return {r.begin + tap / width, s.begin + tap % width, i % chunks};
+    int row = r.begin, column = tap;
+    while (column >= width) column -= width, ++row;  // a filter has few rows
+    return {row, s.begin + column, i - tap * static_cast<int>(chunks.by)};
   }
 };
 

@@ -65,9 +65,6 @@ inline int most_dynamic_shared(const void* function, const char* name) {
 }
 inline void set_dynamic_shared(const void* function, int bytes, const char* name) {
   check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
-  // Kernels that follow each other overlap only where the SM needs no other split of its L1.
-  check(cudaFuncSetAttribute(function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
-        name);
 }
 #else
 inline int most_dynamic_shared(const void*, const char*) { return 227 * 1024; }
@@ -112,6 +109,9 @@ inline void allow_overlap(Record& r) {
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, r.function), r.name);
   r.programmatic = attributes.ptxVersion >= 90;
+  // Kernels overlap only where the SM needs no other split of its L1: all have the same, small ones too.
+  check(cudaFuncSetAttribute(r.function, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        r.name);
 #else
   r.programmatic = 1;
 #endif

@@ -35,13 +35,15 @@ struct Parameters {
   int barriers;  // offset in shared memory
 };
 
-template <class T, int kFilters, int kPixels>
+// kGeneral: any activation; else identity or ReLU, whose code is small enough for an instruction cache that the next
+// layer's kernel shares.
+template <class T, int kFilters, int kPixels, bool kGeneral>
 __global__ void __launch_bounds__(threads_of(kFilters), 2) sm90_conv_latency_kernel(const __grid_constant__ Parameters p) {
   constexpr int V = 8, kStages = stages_of(kFilters, kPixels), kStageBytes = stage_bytes(kFilters, kPixels);
   constexpr int kThreads = threads_of(kFilters), kFilterBytes = kFilters * kSwizzleRow;
   constexpr int kTileStride = tile_stride(kFilters);
   constexpr int kItems = kPixels * (kFilters / V) / kThreads;  // 16-byte stores of a thread, where no cluster shares them
-  constexpr int kAhead = kPixels == 128 ? 1 : kItems;  // whose residual is asked for before the products
+  constexpr int kAhead = kPixels == 128 || kGeneral ? 1 : kItems;  // whose residual is asked for before the products
   ptx::let_successor_start();
   unsigned char* memory = ptx::dynamic_shared();
   const uint32_t ring = ptx::shared_address(memory);  // stage: filters, then pixels
@@ -49,33 +51,36 @@ __global__ void __launch_bounds__(threads_of(kFilters), 2) sm90_conv_latency_ker
   const ConvShape& shape = p.shape;
   const ConvBox at = ConvBox::of(p.boxes, static_cast<int>(blockIdx.x));
   const Taps taps = Taps::of(shape, p.boxes, at);
-  const int first_steps = taps.steps(), parts = p.boxes.parts;
+  const int first_steps = taps.steps(), parts = static_cast<int>(p.boxes.parts.by);
   // The taps that remain are shared equally.
-  const Range steps = part_of(first_steps + p.second_chunks, at.part, parts);
+  const Range steps = p.boxes.part(first_steps + p.second_chunks, at.part);
   const int count = steps.end - steps.begin, in_flight = count < kStages ? count : kStages;
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
 
   const int filter_row = at.group * shape.group_k() + at.first_filter;
-  const auto load_filters = [&](int step) {
+  const int chunks = static_cast<int>(taps.chunks.by);
+  const auto tap_of = [&](int step) {
+    const int i = steps.begin + step;
+    return i < first_steps ? taps.step(i) : Taps::Step{shape.r, 0, i - first_steps};  // shape.r: of the second
+  };
+  const auto load_filters = [&](int step, const Taps::Step& tap) {
     const uint32_t stage = ring + step % kStages * kStageBytes, barrier = full + step % kStages * 8;
     ptx::barrier_arrive_expect(barrier, kFilterBytes + p.boxes.pixels() * kSwizzleRow);
-    const int i = steps.begin + step;
-    const Taps::Step tap = i < first_steps ? taps.step(i) : Taps::Step{shape.r, 0, i - first_steps};
-    ptx::load_box(stage, &p.weight, barrier, ((tap.r * shape.s + tap.s) * taps.chunks + tap.chunk) * kLatencyDepth,
-                  filter_row);
+    ptx::load_box(stage, &p.weight, barrier, ((tap.r * shape.s + tap.s) * chunks + tap.chunk) * kLatencyDepth, filter_row);
   };
-  const auto load_pixels = [&](int step) {
+  struct Corner {
+    int w, h;
+  };
+  const auto corner_of = [&](const Taps::Step& tap) {
+    if (tap.r == shape.r) return Corner{at.q * p.second_stride_w, at.p * p.second_stride_h};
+    return Corner{at.q * shape.stride_w - shape.pad_w + tap.s * shape.dilation_w,
+                  at.p * shape.stride_h - shape.pad_h + tap.r * shape.dilation_h};
+  };
+  const auto load_pixels = [&](int step, const Taps::Step& tap, const Corner& corner) {
     const uint32_t to = ring + step % kStages * kStageBytes + kFilterBytes, barrier = full + step % kStages * 8;
-    const int i = steps.begin + step;
-    if (i < first_steps) {
-      const Taps::Step tap = taps.step(i);
-      ptx::load_box(to, &p.x, barrier, tap.chunk * kLatencyDepth, at.group,
-                    at.q * shape.stride_w - shape.pad_w + tap.s * shape.dilation_w,
-                    at.p * shape.stride_h - shape.pad_h + tap.r * shape.dilation_h, at.n);
-    } else {
-      ptx::load_box(to, &p.second, barrier, (i - first_steps) * kLatencyDepth, 0, at.q * p.second_stride_w,
-                    at.p * p.second_stride_h, at.n);
-    }
+    const bool second = tap.r == shape.r;
+    ptx::load_box(to, second ? &p.second : &p.x, barrier, tap.chunk * kLatencyDepth, second ? 0 : at.group, corner.w,
+                  corner.h, at.n);
   };
 
   if (thread == 0) {
@@ -87,7 +92,13 @@ __global__ void __launch_bounds__(threads_of(kFilters), 2) sm90_conv_latency_ker
   }
   ptx::sync_threads();
   // A lane a step: they find their places side by side.
-  if (thread < in_flight) load_filters(thread);
+  Taps::Step tap{};
+  Corner corner{};
+  if (thread < in_flight) {
+    tap = tap_of(thread);
+    corner = corner_of(tap);
+    load_filters(thread, tap);
+  }
 
   // A thread's eight filters are the same for all of its pixels.
   const Epilogue& e = p.epilogue;
@@ -100,25 +111,33 @@ __global__ void __launch_bounds__(threads_of(kFilters), 2) sm90_conv_latency_ker
     for (int j = 0; j < V; ++j) scale[j] = e.scale[channel + j], shift[j] = e.shift[channel + j];
   }
 
-  ptx::wait_for_predecessor();
-  if (thread < in_flight) load_pixels(thread);
-  // While they come: the residual.
-  const Range mine = part_of(kPixels, at.part, parts);
+  // Where this thread's outputs lie, and the residual: tensors have fewer than 2^31 elements.
+  const Range mine = p.boxes.part(kPixels, at.part);
   const auto item_pixel = [&](int k) { return mine.begin + k * (kThreads * V / kFilters) + thread / (kFilters / V); };
   const auto place_of = [&](int k) {
     const int m = item_pixel(k);
-    const int64_t pixel = m < mine.end && filters > 0 ? at.pixel(shape, p.boxes, m) : -1;
+    const int pixel = m < mine.end && filters > 0 ? at.pixel(shape, p.boxes, m) : -1;
     return pixel < 0 ? pixel : pixel * shape.k + channel;
   };
-  const auto residual_at = [&](int64_t place) {
+  const auto residual_at = [&](int place) {
     Pack<T, V> r;
     if (place >= 0 && aligned && e.residual) r = load<T, V>(static_cast<const T*>(e.residual) + place);
     return r;
   };
-  int64_t place[kAhead];
+  int place[kAhead];
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k) place[k] = place_of(k);
+  // All of it before the wait, where the layer in front is still at work; the compiler would move it behind.
+  asm volatile("" : "+r"(corner.w), "+r"(corner.h), "+r"(tap.chunk));
+#pragma unroll
+  for (int k = 0; k < kAhead; ++k) asm volatile("" : "+r"(place[k]));
+
+  ptx::wait_for_predecessor();
+  if (thread < in_flight) load_pixels(thread, tap, corner);
+  // While they come: the residual.
   Pack<T, V> residual[kAhead];
 #pragma unroll
-  for (int k = 0; k < kAhead; ++k) place[k] = place_of(k), residual[k] = residual_at(place[k]);
+  for (int k = 0; k < kAhead; ++k) residual[k] = residual_at(place[k]);
 
   float sum[kPixels / 2];
 #pragma unroll
@@ -137,7 +156,11 @@ __global__ void __launch_bounds__(threads_of(kFilters), 2) sm90_conv_latency_ker
     if (step > 0 && step - 1 + kStages < count) {
       ptx::wgmma_wait<1>(sum);
       ptx::sync_threads();
-      if (thread == 0) load_filters(step - 1 + kStages), load_pixels(step - 1 + kStages);
+      if (warp == 0 && ptx::elect_one()) {
+        const Taps::Step next = tap_of(step - 1 + kStages);
+        load_filters(step - 1 + kStages, next);
+        load_pixels(step - 1 + kStages, next, corner_of(next));
+      }
     }
   }
   ptx::wgmma_wait<0>(sum);
@@ -154,13 +177,10 @@ __global__ void __launch_bounds__(threads_of(kFilters), 2) sm90_conv_latency_ker
     ptx::sync_threads();
   }
 
-#pragma unroll
-  for (int k = 0; k < kItems; ++k) {
-    const int64_t to = k < kAhead ? place[k % kAhead] : place_of(k);
-    if (to < 0) continue;
-    const Pack<T, V> added = k < kAhead ? residual[k % kAhead] : residual_at(to);
+  const auto add_parts = [&](int k, float (&total)[V]) {
     const int at_tile = item_pixel(k) * kTileStride + filter;
-    float total[V] = {};
+#pragma unroll
+    for (float& v : total) v = 0;
     // Parts in order, several on their way at once.
 #pragma unroll 4
     for (int part = 0; part < parts; ++part) {
@@ -171,23 +191,38 @@ __global__ void __launch_bounds__(threads_of(kFilters), 2) sm90_conv_latency_ker
         total[j] += four.x, total[j + 1] += four.y, total[j + 2] += four.z, total[j + 3] += four.w;
       }
     }
-    if (!aligned) {
+  };
+  if (!aligned) {
+#pragma unroll 1
+    for (int k = 0; k < kItems; ++k) {
+      const int to = place_of(k);
+      if (to < 0) continue;
+      float total[V];
+      add_parts(k, total);
       finish<T, V>(e, total, to, channel, filters, false);
-      continue;
     }
-    Pack<T, V> y;
+  } else {
+#pragma unroll (kGeneral ? 1 : kItems)
+    for (int k = 0; k < kItems; ++k) {
+      const int to = k < kAhead ? place[k % kAhead] : place_of(k);
+      if (to < 0) continue;
+      const Pack<T, V> added = k < kAhead ? residual[k % kAhead] : residual_at(to);
+      float total[V];
+      add_parts(k, total);
+      Pack<T, V> y;
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-      float z = total[j] * scale[j] + shift[j];
-      if (e.residual) z += widen(added.v[j]);
-      if (e.act > kRelu) {
-        z = activate(e.act, z, e.act_param);
-      } else if (e.act == kRelu) {
-        z = relu(z);
+      for (int j = 0; j < V; ++j) {
+        float z = total[j] * scale[j] + shift[j];
+        if (e.residual) z += widen(added.v[j]);
+        if constexpr (kGeneral) {
+          z = activate(e.act, z, e.act_param);
+        } else if (e.act == kRelu) {
+          z = relu(z);
+        }
+        y.v[j] = narrow<T>(z);
       }
-      y.v[j] = narrow<T>(z);
+      store<T, V>(static_cast<T*>(e.out) + to, y);
     }
-    store<T, V>(static_cast<T*>(e.out) + to, y);
   }
   // Nobody leaves while another block may still read its sums.
   if (parts > 1) {
@@ -204,25 +239,25 @@ TensorMap pixels_map(Type type, const void* base, const ConvShape& v, const Conv
                            static_cast<uint64_t>(v.w), static_cast<uint64_t>(v.h), static_cast<uint64_t>(v.n)};
   const uint64_t row = uint64_t{2} * v.c;
   const uint64_t stride[] = {uint64_t{2} * v.group_c(), row, row * v.w, row * v.w * v.h};
-  const uint32_t box[] = {kLatencyDepth, 1, static_cast<uint32_t>(b.columns), static_cast<uint32_t>(b.rows),
-                          static_cast<uint32_t>(b.images)};
+  const uint32_t box[] = {kLatencyDepth, 1, b.columns.by, b.rows.by, static_cast<uint32_t>(b.images)};
   std::copy_n(size, 5, f.size), std::copy_n(stride, 4, f.stride), std::copy_n(box, 5, f.box);
   f.step[2] = static_cast<uint8_t>(v.stride_w), f.step[3] = static_cast<uint8_t>(v.stride_h);
   return make_tensor_map(f);
 }
 
-template <class T, int kFilters>
+template <class T, int kFilters, bool kGeneral>
 Record typed(const Parameters& p, int pixels, unsigned shared, const char* name) {
-  const Shape shape{dim3(static_cast<unsigned>(p.boxes.blocks())), threads_of(kFilters), shared,
-                    static_cast<unsigned>(p.boxes.parts)};
-  auto* kernel = sm90_conv_latency_kernel<T, kFilters, 32>;
-  if (pixels == 64) kernel = sm90_conv_latency_kernel<T, kFilters, 64>;
-  if (pixels == 128) kernel = sm90_conv_latency_kernel<T, kFilters, 128>;
+  const Shape shape{dim3(static_cast<unsigned>(p.boxes.blocks())), threads_of(kFilters), shared, p.boxes.parts.by};
+  auto* kernel = sm90_conv_latency_kernel<T, kFilters, 32, kGeneral>;
+  if (pixels == 64) kernel = sm90_conv_latency_kernel<T, kFilters, 64, kGeneral>;
+  if (pixels == 128) kernel = sm90_conv_latency_kernel<T, kFilters, 128, kGeneral>;
   return make_record(kernel, shape, p, name);
 }
 template <class T>
 Record typed(const Parameters& p, int pixels, unsigned shared, const char* name) {
-  return p.boxes.filters == 64 ? typed<T, 64>(p, pixels, shared, name) : typed<T, 128>(p, pixels, shared, name);
+  if (p.epilogue.act > kRelu)
+    return p.boxes.filters == 64 ? typed<T, 64, true>(p, pixels, shared, name) : typed<T, 128, true>(p, pixels, shared, name);
+  return p.boxes.filters == 64 ? typed<T, 64, false>(p, pixels, shared, name) : typed<T, 128, false>(p, pixels, shared, name);
 }
 
 }  // namespace
@@ -249,13 +284,14 @@ Record sm90_conv_latency_record(const LatencyConv& c, Type type, int images, int
   refuse(p.boxes.blocks() >= int64_t{1} << 31, "more than 2^31 blocks");
   p.epilogue = {c.conv.residual, c.conv.scale, c.conv.shift, c.conv.out, c.conv.act, c.conv.act_param};
   p.x = pixels_map(type, c.conv.x, v, p.boxes);
-  int steps = v.r * v.s * static_cast<int>(ceil_div(v.group_c(), kLatencyDepth));
+  int steps = v.r * v.s * static_cast<int>(p.boxes.chunks.by);
   if (c.second) {
     p.second = pixels_map(type, c.second, c.second_shape, p.boxes);
     p.second_chunks = static_cast<int>(ceil_div(c.second_shape.c, kLatencyDepth));
     p.second_stride_h = c.second_shape.stride_h, p.second_stride_w = c.second_shape.stride_w;
     steps += p.second_chunks;
   }
+  refuse(steps >= 1 << 27, "2^27 steps of depth or more");
   TensorMapFields weight{type, 2, c.conv.weight};
   weight.size[0] = static_cast<uint64_t>(c.conv.weight_row), weight.size[1] = static_cast<uint64_t>(v.k);
   weight.stride[0] = uint64_t{2} * static_cast<uint64_t>(c.conv.weight_row);

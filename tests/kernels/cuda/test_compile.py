@@ -63,9 +63,9 @@ def test_no_product_waits_for_the_one_before(built):
     assert "serialized" not in built[3]
 
 
-def test_no_step_of_a_product_waits_for_memory(built):
-    """A release at cluster scope is a MEMBAR.ALL.GPU, a round trip to the L2. Kernels with products have three at most:
-    a cluster's first and last barrier and, for both blocks, a new ticket."""
+@pytest.fixture(scope="module")
+def products(built):
+    """The kernels with products: (mangled name, SASS)."""
     beside = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin"
     tool = shutil.which("cuobjdump", path=f"{Path(toolchain.find_nvcc()).parent}{os.pathsep}{beside}")
     if tool is None:
@@ -74,7 +74,26 @@ def test_no_step_of_a_product_waits_for_memory(built):
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     kernels = [text for text in re.split(r"Function : ", sass)[1:] if "HGMMA" in text]
     assert len(kernels) >= 34
-    assert not [text.split(maxsplit=1)[0] for text in kernels if text.count("MEMBAR.ALL.GPU") > 3]
+    return [(text.split(maxsplit=1)[0], text) for text in kernels]
+
+
+def test_no_step_of_a_product_waits_for_memory(products):
+    """A release at cluster scope is a MEMBAR.ALL.GPU, a round trip to the L2. Kernels with products have three at most:
+    a cluster's first and last barrier and, for both blocks, a new ticket."""
+    assert not [name for name, text in products if text.count("MEMBAR.ALL.GPU") > 3]
+
+
+def test_kernels_of_small_batches_are_short(products):
+    """A layer of one image takes about as long as fetching 100 KB of instructions: the kernels that chains of layers
+    alternate between fit an SM's cache of 128 KB together, and find where their outputs lie without a subroutine."""
+    found = [text for name, text in products if "sm90_conv_latency_kernel" in name and "Lb0E" in name]
+    assert len(found) == 12
+    for text in found:
+        code = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", text, re.M)
+        wait = next(i for i, line in enumerate(code) if "ACQBULK" in line)
+        product = next(i for i, line in enumerate(code) if "HGMMA" in line)
+        assert len(code) < 4096
+        assert product - wait < 250 and not any("CALL" in line for line in code[:product])
 
 
 def test_the_probes_compile(built):

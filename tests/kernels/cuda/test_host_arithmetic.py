@@ -98,6 +98,12 @@ def test_parts_of_the_depth_differ_by_at_most_one(c):
             assert sum(sizes) == steps and max(sizes) - min(sizes) <= 1 and min(sizes) > 0
 
 
+def test_division_by_a_product(c):
+    powers = [2**i + d for i in range(31) for d in (-1, 0, 1) if 0 < 2**i + d < 2**31]
+    for by in (*range(1, 2000), *powers, 2**31 - 1):
+        assert c.check_divisor(by) == 0, by
+
+
 def test_rows_that_ldmatrix_reads_together_lie_in_different_banks(c):
     for first in range(0, 128, 8):
         for chunk in range(4):

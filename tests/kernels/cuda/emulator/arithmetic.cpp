@@ -99,18 +99,18 @@ EXPORT long check_boxes(const int* numbers, const int* box, int filters, int par
   const ConvShape v = shape_of(numbers);
   const ConvBoxes boxes = ConvBoxes::of(v, box[0], box[1], box[2], filters, parts);
   const int chunks = static_cast<int>(ceil_div(v.group_c(), kLatencyDepth));
-  std::vector<int> covered(v.pixels() * v.groups * boxes.filter_tiles, 0);
+  std::vector<int> covered(v.pixels() * v.groups * boxes.filter_tiles.by, 0);
   long wrong = 0;
   *total = 0;
   for (int64_t block = 0; block < boxes.blocks(); ++block) {
     const ConvBox at = ConvBox::of(boxes, static_cast<int>(block));
     const Taps taps = Taps::of(v, boxes, at);
-    const Range range = part_of(taps.steps(), at.part, parts), first = part_of(taps.steps(), 0, parts);
+    const Range range = boxes.part(taps.steps(), at.part), first = boxes.part(taps.steps(), 0);
     wrong += std::abs(range.end - range.begin - first.end + first.begin) > 1;
     if (at.part) continue;
     int end = 0;
     for (int part = 0; part < parts; ++part) {
-      const Range next = part_of(taps.steps(), part, parts);
+      const Range next = boxes.part(taps.steps(), part);
       wrong += next.begin != end;
       end = next.end;
     }
@@ -126,7 +126,7 @@ EXPORT long check_boxes(const int* numbers, const int* box, int filters, int par
       const int64_t pixel = at.pixel(v, boxes, m);
       wrong += m >= boxes.pixels() && pixel >= 0;
       if (pixel < 0) continue;
-      ++covered[(pixel * v.groups + at.group) * boxes.filter_tiles + at.first_filter / filters];
+      ++covered[(pixel * v.groups + at.group) * boxes.filter_tiles.by + at.first_filter / filters];
       const Window window = window_of(v, static_cast<int>(pixel));
       for (int r = 0; r < v.r; ++r)
         for (int s = 0; s < v.s; ++s)
@@ -140,6 +140,17 @@ EXPORT long check_boxes(const int* numbers, const int* box, int filters, int par
       wrong += count != 1 || (!steps_over && !needed.count({std::get<0>(place), std::get<1>(place)}));
   }
   for (int count : covered) wrong += count != 1;
+  return wrong;
+}
+
+// Quotients and remainders of numbers below 2^31, at multiples of the divisor and beside them.
+EXPORT long check_divisor(int by) {
+  const Divisor d = Divisor::of(by);
+  long wrong = 0;
+  for (int64_t base : {int64_t{0}, int64_t{by}, int64_t{1} << 20, int64_t{1} << 27, int64_t{1} << 30, int64_t{0x7fffffff}})
+    for (int64_t n = base / by * by - 2; n <= base / by * by + 2; ++n)
+      if (n >= 0 && n < int64_t{1} << 31)
+        wrong += static_cast<int>(n) / d != n / by || static_cast<int>(n) % d != n % by;
   return wrong;
 }
 
