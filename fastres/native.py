@@ -14,6 +14,7 @@ from 2.10 on. The key of a cached build still counts torch's version, because it
 
 import argparse
 import contextlib
+import ctypes
 import fcntl
 import json
 import logging
@@ -88,6 +89,8 @@ def available(name: str) -> str | None:
                     log.warning("prebuilt %s library passed over: %s", name, error)
                     path = build(name)
                     torch.ops.load_library(str(path))
+                if name == "cuda" and (reason := _cuda_why_not(path)):
+                    raise BuildError(reason)
                 log.info("loaded %s", path)
                 _outcomes[name] = None
             except (BuildError, OSError, RuntimeError, ValueError) as error:
@@ -98,6 +101,13 @@ def available(name: str) -> str | None:
 
 _outcomes: dict[str, str | None] = {}
 _lock = threading.Lock()
+
+
+def _cuda_why_not(library: Path) -> str:
+    """Why the library's CUDA runtime cannot work with the driver, or ""."""
+    why_not = ctypes.CDLL(str(library)).fastres_cuda_why_not
+    why_not.restype = ctypes.c_char_p
+    return why_not().decode()
 
 
 def find(name: str) -> Path:

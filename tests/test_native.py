@@ -28,6 +28,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastres_stand_in, CompositeExplicitAutograd, m) {
 """
 
 
+@pytest.mark.parametrize("name", toolchain.TARGETS)
+def test_sources_use_no_macro_that_only_newer_headers_have(name):
+    """torch 2.11 has TORCH_ERROR_CODE_CHECK alone; the other one is there whatever version is asked for."""
+    assert not [p.name for p in toolchain.sources(name) if "STABLE_TORCH_ERROR_CODE_CHECK" in p.read_text()]
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch):
     """A package folder of its own with the stand-in as its CPU sources, and an empty cache."""

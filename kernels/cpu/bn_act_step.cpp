@@ -43,8 +43,8 @@ bool is_vector(const Optional& t, const Dense& d) { return !t || is_vector(*t, a
 
 Tensor empty(int64_t rank, const int64_t* sizes, const int64_t* strides, ScalarType type) {
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes, strides, static_cast<int32_t>(type),
-                                                         aoti_torch_device_type_cpu(), 0, &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes, strides, static_cast<int32_t>(type),
+                                                  aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 

@@ -171,13 +171,31 @@ void run_records(const Tensor& records, int64_t device) {
 #else
   const torch::stable::accelerator::DeviceGuard guard(static_cast<int32_t>(device));
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(static_cast<int32_t>(device), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(static_cast<int32_t>(device), &stream));
   launch(record, count, static_cast<cudaStream_t>(stream));
 #endif
 }
 
 }  // namespace
 }  // namespace fastres
+
+#ifndef FASTRES_EMULATOR
+// "" or why the CUDA runtime that this library carries cannot work here, the driver being older than it above all: PyTorch
+// may well work beside it, with a runtime of its own.
+extern "C" __attribute__((visibility("default"))) const char* fastres_cuda_why_not() {
+  static std::string reason;
+  int devices = 0, runtime = 0, driver = 0;
+  const cudaError_t status = cudaGetDeviceCount(&devices);
+  if (status == cudaSuccess) return "";
+  cudaGetLastError();
+  cudaRuntimeGetVersion(&runtime);
+  cudaDriverGetVersion(&driver);
+  const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+  reason = "the library was built with CUDA " + version(runtime) + ", the driver " +
+           (driver ? "is for CUDA " + version(driver) : std::string("is not there")) + ": " + cudaGetErrorString(status);
+  return reason.c_str();
+}
+#endif
 
 // One key for all devices: run_records' tensor lives on the CPU, and the checks above know where the others must be.
 STABLE_TORCH_LIBRARY_IMPL(fastres_cuda, CompositeExplicitAutograd, m) {

@@ -70,9 +70,9 @@ bool takes_running(const Optional& mean, const Optional& var, const Tensor& x, c
 Tensor empty(const Tensor& x, int64_t rank, const int64_t* sizes, const int64_t* strides, ScalarType type) {
   int32_t device = 0;
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes, strides, static_cast<int32_t>(type), device,
-                                                         x.get_device_index(), &made));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(rank, sizes, strides, static_cast<int32_t>(type), device,
+                                                  x.get_device_index(), &made));
   return Tensor(made);
 }
 

@@ -165,7 +165,7 @@ inline void run_now(const Record* records, int64_t count, const Tensor& x) {
 #else
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   launch(records, count, static_cast<cudaStream_t>(stream));
 #endif
 }

@@ -154,6 +154,21 @@ def test_symbols_are_stable_abi_only(built):
     assert not [name for name in wanted if re.match(r"cu[A-Z]", name)]
 
 
+def test_a_driver_that_the_runtime_does_not_take_is_the_reason_given(built):
+    """Here there is no GPU, as a rule, and no driver: that is one too old."""
+    if torch.version.cuda is None:
+        pytest.skip("this torch has no CUDA runtime: the library cannot be loaded")
+    script = (
+        f"import torch; from fastres import native; print(native._cuda_why_not({str(built[0])!r}), end='')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=_ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if torch.cuda.is_available():
+        assert done.stdout == ""
+    else:
+        assert re.match(r"the library was built with CUDA \d+\.\d, the driver is .*: .*", done.stdout)
+
+
 def test_every_schema_has_a_kernel_and_bn_act_refuses_what_is_not_on_a_gpu(built):
     """In a process of its own: the emulated library may be loaded here, and registers the same ops."""
     if torch.version.cuda is None:
