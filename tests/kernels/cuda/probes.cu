@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "epilogue.cuh"
-#include "ptx_cluster.cuh"
+#include "ptx_l2.cuh"
 #include "wgmma_wide.cuh"
 
 namespace fastres {
@@ -51,7 +51,7 @@ struct Probe {
   int* status;
 };
 
-// A box, or a run of windows, into shared memory.
+// A box, or a run of windows, into shared memory. choice: with a word on what the L2 may evict, 1 first, 2 last.
 __global__ void load_kernel(const __grid_constant__ Probe p) {
   unsigned char* memory = ptx::dynamic_shared();
   const uint32_t base = ptx::shared_address(memory), barrier = base + kImage;
@@ -63,7 +63,16 @@ __global__ void load_kernel(const __grid_constant__ Probe p) {
     ptx::prefetch_map(&p.map);
     ptx::barrier_arrive_expect(barrier, p.bytes);
     const int* c = p.c;
-    if (p.im2col) {
+    const ptx::Policy policy = ptx::make_policy(static_cast<Eviction>(p.choice));
+    if (p.choice && p.im2col) {
+      ptx::load_im2col(base, &p.map, barrier, c[0], c[1], c[2], c[3], p.offset[0], p.offset[1], policy);
+    } else if (p.choice && p.rank == 2) {
+      ptx::load_box(base, &p.map, barrier, c[0], c[1], policy);
+    } else if (p.choice && p.rank == 3) {
+      ptx::load_box(base, &p.map, barrier, c[0], c[1], c[2], policy);
+    } else if (p.choice && p.rank == 4) {
+      ptx::load_box(base, &p.map, barrier, c[0], c[1], c[2], c[3], policy);
+    } else if (p.im2col) {
       ptx::load_im2col(base, &p.map, barrier, c[0], c[1], c[2], c[3], p.offset[0], p.offset[1]);
     } else if (p.rank == 2) {
       ptx::load_box(base, &p.map, barrier, c[0], c[1]);
@@ -91,6 +100,8 @@ __global__ void store_kernel(const __grid_constant__ Probe p) {
   if (threadIdx.x == 0) {
     if (p.rank == 2) {
       ptx::store_box(&p.map, base, p.c[0], p.c[1]);
+    } else if (p.rank == 3) {
+      ptx::store_box(&p.map, base, p.c[0], p.c[1], p.c[2], ptx::make_policy(Eviction::kFirst));
     } else {
       ptx::store_box(&p.map, base, p.c[0], p.c[1], p.c[2], p.c[3]);
     }

@@ -57,16 +57,17 @@ def _packed(size):
 
 
 def _load(hopper, tensor, arguments, c, offset, rows):
-    """The rows arrive, all of the box's bytes are counted, and nothing else is written."""
-    numbers = [*arguments, *c, *[0] * (5 - len(c)), *offset, 128 * len(rows), 0]
-    (shown,) = run(hopper, [Call("load", numbers, tensor, np.zeros(IMAGE, np.uint8))])
-    arrived, phase = shown.status[:2]
-    wrong = np.flatnonzero(shown.out != _swizzled(rows))
-    assert arrived == 1, "the barrier counts other bytes than the whole box's"
-    assert phase == 0, f"shared memory begins {phase} bytes after a multiple of 1,024"
-    assert wrong.size == 0, (
-        f"{wrong.size} bytes differ, from {wrong[0]} (row {wrong[0] // 128}) to {wrong[-1]}"
-    )
+    """The rows arrive, all of the box's bytes are counted, and nothing else is written; with the L2's hints too."""
+    numbers = [*arguments, *c, *[0] * (5 - len(c)), *offset, 128 * len(rows)]
+    calls = [Call("load", [*numbers, hint], tensor, np.zeros(IMAGE, np.uint8)) for hint in (0, 1, 2)]
+    for hint, shown in enumerate(run(hopper, calls)):
+        arrived, phase = shown.status[:2]
+        wrong = np.flatnonzero(shown.out != _swizzled(rows))
+        assert arrived == 1, f"hint {hint}: the barrier counts other bytes than the whole box's"
+        assert phase == 0, f"shared memory begins {phase} bytes after a multiple of 1,024"
+        assert wrong.size == 0, (
+            f"hint {hint}: {wrong.size} bytes differ, from {wrong[0]} (row {wrong[0] // 128}) to {wrong[-1]}"
+        )
 
 
 BOXES = {  # size, box, step, coordinates; innermost first
@@ -142,6 +143,7 @@ def test_a_run_of_windows(name, hopper):
     ("size", "strides", "box", "c"),
     [
         ((72, 40), (144,), (64, 48), (16, -3)),
+        ((72, 5, 13), (144 * 13, 144), (64, 4, 1), (64, 3, 12)),  # k, n, positions
         ((72, 14, 5, 14), (144, 144 * 14 * 14, 144 * 14), (64, 14, 4, 1), (64, 0, 3, 13)),  # c, w, n, h
     ],
 )
