@@ -31,6 +31,9 @@ FASTRES_DEVICE void sync_named(int barrier, int threads) {
 FASTRES_DEVICE float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 FASTRES_DEVICE double shuffle_xor(double v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
 FASTRES_DEVICE int shuffle(int v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+// This warp's number in the block: ptxas does not see that threadIdx.x / 32 is the same for all of a warp, and keeps what
+// follows from it, descriptors among it, in registers of every thread.
+FASTRES_DEVICE int warp_index() { return shuffle(static_cast<int>(threadIdx.x) / 32, 0); }
 // Everything this thread wrote before is visible to whoever acquires the counter after.
 FASTRES_DEVICE int add_acquire_release(int* counter, int v) {
   int old;

@@ -179,6 +179,16 @@ constexpr int conv_stages(const ConvTileShape& tile, int slots) {
   return stages;
 }
 
+// A chunk of the residual that has no slot while a tile multiplies is waited for when it is added. Shallow sums end often and
+// shall have all of them ahead, deep ones what leaves them the stages that cover their own loads.
+constexpr int residual_slots(const ConvTileShape& tile, int steps) {
+  constexpr int kEnough = 4;
+  if (steps <= 8 && !tile.halo()) return kMaxSlots;
+  int slots = kMaxSlots;
+  while (slots > 2 && conv_stages(tile, slots) < kEnough) --slots;
+  return slots;
+}
+
 // What a 1x1 needs in order to be a plain matrix.
 constexpr bool is_plain(const ConvShape& v) {
   return v.r == 1 && v.s == 1 && v.stride_h == 1 && v.stride_w == 1 && v.pad_h == 0 && v.pad_w == 0;
@@ -273,8 +283,7 @@ inline Sm90Conv sm90_conv_tiles(const ThroughputConv& t, int filters, int pixels
   p.tiles = static_cast<int>(ceil_div(run, pixels * cluster)) * p.tiles_k;
   p.clusters = std::clamp(multiprocessors / cluster, 1, p.tiles);
   set_evictions(p, v);
-  // Shallow sums end often: more of the residual is asked for ahead.
-  p.slots = t.conv.residual && p.steps <= 8 && !tile.halo() ? kMaxSlots : 2;
+  p.slots = t.conv.residual ? residual_slots(tile, p.steps) : 2;
   p.stages = conv_stages(tile, p.slots);
   // Tickets far enough ahead for the loader to fill all stages, and no further: what is taken early is not shared.
   p.ticks = std::clamp(static_cast<int>(ceil_div(p.stages, p.steps)) + 1, 2, kMaxTicks);

@@ -29,28 +29,28 @@ static_assert(kLastSimple == kRelu);
 // Eight sums: two filters (of scale.x, shift.x and of scale.y, shift.y) of four pairs of neighbouring pixels.
 template <class T, ConvFinish kFinish>
 FASTRES_DEVICE void finish_eight(const Sm90Conv& p, const float (&v)[8], float2 scale, float2 shift, uint32_t address) {
-  union {
-    uint32_t bits[4];
-    T v[8];
-  } io;
+  uint32_t bits[4];
   constexpr bool kStatistics = kFinish == ConvFinish::kStatistics;
-  if (!kStatistics && p.residual_rows) ptx::load_transposed_x4(io.bits, address);
+  if (!kStatistics && p.residual_rows) ptx::load_transposed_x4(bits, address);
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < 4; ++i) {
     if constexpr (kStatistics) {
-      io.v[i] = narrow<T>(v[i]);
+      bits[i] = narrow_pair<T>(v[2 * i], v[2 * i + 1]);
       continue;
     }
-    float z = i / 2 % 2 ? v[i] * scale.y + shift.y : v[i] * scale.x + shift.x;
-    if (p.residual_rows) z += widen(io.v[i]);
-    if constexpr (kFinish == ConvFinish::kGeneral) {
-      z = activate(p.act, z, p.act_param);
-    } else if (p.act == kRelu) {
-      z = relu(z);
+    const float by = i % 2 ? scale.y : scale.x, more = i % 2 ? shift.y : shift.x;
+    float low = v[2 * i] * by + more, high = v[2 * i + 1] * by + more;
+    if (p.residual_rows) {
+      const float2 added = widen_pair<T>(bits[i]);
+      low += added.x, high += added.y;
     }
-    io.v[i] = narrow<T>(z);
+    if constexpr (kFinish == ConvFinish::kGeneral) {
+      bits[i] = narrow_pair<T>(activate(p.act, low, p.act_param), activate(p.act, high, p.act_param));
+    } else {
+      bits[i] = p.act == kRelu ? ptx::pack_relu(low, high, T{}) : narrow_pair<T>(low, high);
+    }
   }
-  ptx::store_transposed_x4(address, io.bits);
+  ptx::store_transposed_x4(address, bits);
 }
 
 template <int... kNumbers, class Body>
@@ -79,7 +79,7 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
   constexpr int kSums = kColumns / 2;  // a thread, a block of 64 filters
   constexpr bool kHalo = kTile.halo(), kGeneral = kFinish == ConvFinish::kGeneral;
   constexpr bool kStatistics = kFinish == ConvFinish::kStatistics;
-  const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
+  const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = ptx::warp_index() % 4;
   const uint32_t base = ptx::shared_address(memory);
   const uint32_t slots = layout.slots + group * p.slots * kChunkBytes;
   const int group_filter = kTile.share_pixels() ? 0 : group * kTile.group_filters();
@@ -157,6 +157,14 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
         if (++row_of_taps == 3) row_of_taps = 0, box.next(kHaloBoxes);
       }
     }
+    // TMA has long read the slot that the tile before left last: the residual comes there while the last step multiplies.
+    if (p.by_tma && last_slot >= 0) {
+      if (warp == 0 && ptx::elect_one()) {
+        ptx::store_wait_read<0>();
+        ptx::barrier_arrive(b.slot_empty(group, last_slot));
+      }
+      last_slot = -1;
+    }
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) ptx::wgmma_wait<0>(sum[m]);
     release(previous);
@@ -203,8 +211,8 @@ FASTRES_DEVICE void compute(const Sm90Conv& p, unsigned char* memory, const Conv
         }
         // The slot before this one has been read, by TMA or, since all came to the barrier, by the threads.
         if (last_slot >= 0) ptx::barrier_arrive(b.slot_empty(group, last_slot));
-        last_slot = out.slot;
       }
+      last_slot = out.slot;
       out.next(p.slots);
     };
     const auto finish_part = [&](const float (&v)[8], int m, int part) {
@@ -266,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_conv_bn_act_kernel(const __g
   const ConvLayout layout = ConvLayout::of(kTile, p.stages, p.slots);
   const ConvBarriers b{base + layout.barriers};
   const Tickets tickets{reinterpret_cast<const volatile int*>(memory + layout.ticks), b};
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int warp = ptx::warp_index();
   const int rank = p.cluster > 1 ? static_cast<int>(ptx::cluster_rank()) : 0;
 
   if (threadIdx.x == 0) {

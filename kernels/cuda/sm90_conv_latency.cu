@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(threads_of(kFilters), 2) sm90_conv_latency_ker
   // The taps that remain are shared equally.
   const Range steps = p.boxes.part(first_steps + p.second_chunks, at.part);
   const int count = steps.end - steps.begin, in_flight = count < kStages ? count : kStages;
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = ptx::warp_index();
 
   const int filter_row = at.group * shape.group_k() + at.first_filter;
   const int chunks = static_cast<int>(taps.chunks.by);

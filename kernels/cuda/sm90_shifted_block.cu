@@ -41,20 +41,15 @@ struct Barriers {
   }
 };
 
-// act(sum * scale + shift [+ residual]) of two neighbouring channels.
+// relu(sum * scale + shift [+ residual]) of two neighbouring channels.
 template <class T>
 FASTRES_DEVICE uint32_t finish_pair(float a, float b, const float4& constants, uint32_t residual, bool adds) {
   float x = a * constants.x + constants.y, y = b * constants.z + constants.w;
-  union {
-    uint32_t bits;
-    T v[2];
-  } pair;
   if (adds) {
-    pair.bits = residual;
-    x += widen(pair.v[0]), y += widen(pair.v[1]);
+    const float2 added = widen_pair<T>(residual);
+    x += added.x, y += added.y;
   }
-  pair.v[0] = narrow<T>(relu(x)), pair.v[1] = narrow<T>(relu(y));
-  return pair.bits;
+  return ptx::pack_relu(x, y, T{});
 }
 
 template <class T, bool kReduce>
@@ -114,7 +109,7 @@ FASTRES_DEVICE void load_residuals(const ShiftedBlock& p, uint32_t ring, const i
 template <class T, bool kReduce>
 FASTRES_DEVICE void compute(const ShiftedBlock& p, unsigned char* memory, uint32_t base, int group, uint32_t halo,
                             int ring_offset, const int* ticks, const Barriers& b) {
-  const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = thread / 32;
+  const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32, warp = ptx::warp_index() % 4;
   const uint32_t ring = base + ring_offset;
   const uint32_t expand_weight = base + 9 * kMatrixBytes, reduce_weight = expand_weight + kBlockChunks * kMatrixBytes;
   // This thread's accumulators: rows (pixels) warp * 16 + lane / 4 and 8 below, columns 8 j + lane % 4 * 2 and the next.
@@ -230,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 1) sm90_shifted_block_kernel(const _
   unsigned char* memory = ptx::dynamic_shared();
   const uint32_t base = ptx::shared_address(memory);
   const uint32_t weights_full = base + kLayout.barriers;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int warp = ptx::warp_index();
 
   if (threadIdx.x == 0) {
     ptx::barrier_init(weights_full, 1);

@@ -139,7 +139,7 @@ FASTRES_DEVICE void load_pixels(const StemPool& p, const StemTile& at, int pair,
 // Loader warps take the pairs of rows in turn.
 template <class T, StemSource kSource>
 FASTRES_DEVICE void load_rows(const StemPool& p, unsigned char* memory, uint32_t base) {
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = ptx::warp_index(), lane = static_cast<int>(threadIdx.x) % 32;
   unsigned n = 0;
   for (int tile = static_cast<int>(blockIdx.x); tile < p.tiles; tile += static_cast<int>(gridDim.x)) {
     const StemTile at = StemTile::of(p, tile);
@@ -228,7 +228,7 @@ FASTRES_DEVICE bool has_nan(const uint4& v) {
 template <class T, StemSource kSource>
 FASTRES_DEVICE void finish_row(const StemPool& p, unsigned char* memory, const float (&best)[32], int n, int row,
                                int column) {
-  const int warp = static_cast<int>(threadIdx.x) / 32 - 4, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = ptx::warp_index() - 4, lane = static_cast<int>(threadIdx.x) % 32;
   const int g = lane / 4, t = lane % 4;
   unsigned char* stage = memory + kStemStage + warp * kStemStageBytes;
   const int left = 2 * (column + g) - 1;  // the convolution column that this lane keeps
@@ -267,7 +267,7 @@ FASTRES_DEVICE void finish_row(const StemPool& p, unsigned char* memory, const f
 
 template <class T, StemSource kSource>
 FASTRES_DEVICE void compute(const StemPool& p, unsigned char* memory, uint32_t base) {
-  const int warp = static_cast<int>(threadIdx.x) / 32 - 4, lane = static_cast<int>(threadIdx.x) % 32;
+  const int warp = ptx::warp_index() - 4, lane = static_cast<int>(threadIdx.x) % 32;
   const uint32_t* ring = reinterpret_cast<const uint32_t*>(memory + kStemRing);
   int lower = stem_word(warp, stem_column(lane / 4, false)) + lane % 4;
   int upper = stem_word(warp, stem_column(lane / 4, true)) + lane % 4;

@@ -39,6 +39,32 @@ __host__ __device__ inline T narrow(Acc<T> v) {
   }
 }
 
+// Two 16-bit numbers of a word, the low half first.
+template <class T>
+FASTRES_DEVICE float2 widen_pair(uint32_t bits) {
+  union {
+    uint32_t bits[2];
+    float v[2];
+    T half[4];
+  } pair;
+  if constexpr (std::is_same_v<T, bf16>) {
+    pair.bits[1] = bits & 0xffff0000u, pair.bits[0] = bits << 16;  // the upper halves of two floats
+    return {pair.v[0], pair.v[1]};
+  } else {
+    pair.bits[0] = bits;
+    return {widen(pair.half[0]), widen(pair.half[1])};
+  }
+}
+template <class T>
+FASTRES_DEVICE uint32_t narrow_pair(float low, float high) {
+  union {
+    T v[2];
+    uint32_t bits;
+  } pair;
+  pair.v[0] = narrow<T>(low), pair.v[1] = narrow<T>(high);
+  return pair.bits;
+}
+
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T v[V];

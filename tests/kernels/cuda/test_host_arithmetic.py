@@ -198,3 +198,20 @@ def test_tensors_beyond_the_l2_are_streamed_and_their_filters_kept(c):
         spec = conv_problem(n, channels, 56, 56, filters, size, torch.bfloat16)["conv"]
         c.evictions_of(_numbers(spec), 128, 256, out)
         assert tuple(out) == evictions, (n, channels, filters, size)
+
+
+def test_a_residual_has_the_slots_that_leave_four_stages(c):
+    """Else its chunks come one after the other, each after the one before has left: a basic block adds to a 3x3."""
+    wanted = {
+        (64, 56, 3, 64, 448): (3, 4),
+        (128, 28, 3, 128, 224): (4, 4),
+        (512, 7, 3, 128, 256): (2, 4),
+        (512, 7, 3, 128, 128): (4, 5),
+        (64, 64, 3, 64, 256): (4, 4),
+        (256, 14, 1, 128, 256): (4, 3),  # four steps: all of a tile's chunks, whatever it costs
+    }
+    out = (ctypes.c_int * 2)()
+    for (channels, side, size, filters, pixels), ring in wanted.items():
+        spec = conv_problem(64, channels, side, side, channels, size, torch.bfloat16)["conv"]
+        c.ring_of(_numbers(spec), filters, pixels, out)
+        assert tuple(out) == ring, (channels, side, size, filters, pixels)

@@ -298,6 +298,14 @@ EXPORT void evictions_of(const int* numbers, int filters, int pixels, int* out) 
   for (int i = 0; i < 3; ++i) out[i] = static_cast<int>(all[i]);
 }
 
+// Slots of the residual, and stages beside them.
+EXPORT void ring_of(const int* numbers, int filters, int pixels, int* out) {
+  ThroughputConv t{};
+  t.conv.shape = shape_of(numbers), t.conv.residual = &t;
+  const Sm90Conv p = sm90_conv_tiles(t, filters, pixels, 2, 132);
+  out[0] = p.slots, out[1] = p.stages;
+}
+
 // --- sm90_stem_pool
 
 // Every step's products, walked as the kernel does: a convolution row that completes holds each of its filter rows

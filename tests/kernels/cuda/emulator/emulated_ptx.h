@@ -44,6 +44,7 @@ T shuffle_with(const char* name, T v, int from) {
 inline float shuffle_xor(float v, int mask) { return shuffle_with("shuffle_xor", v, self->lane ^ mask); }
 inline double shuffle_xor(double v, int mask) { return shuffle_with("shuffle_xor", v, self->lane ^ mask); }
 inline int shuffle(int v, int lane) { return shuffle_with("shuffle", v, lane); }
+inline int warp_index() { return self->linear / 32; }
 
 inline int add_relaxed(int* counter, int v) {
   const int old = *counter;
