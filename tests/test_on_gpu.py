@@ -110,6 +110,19 @@ def test_uint8_images_are_normalised_in_the_plan(trained):
         assert_close_to_oracle(fast(raw), ref, own, what="uint8")
 
 
+@pytest.mark.parametrize("backend", ["cudnn", "reference"])
+def test_uint8_images_are_normalised_in_a_cuda_graph_by_pytorchs_own_calls_too(backend):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval().cuda()
+    raw = photographs_uint8(2, size=32).cuda()
+    fast = fastres.accelerate(model, dtype=FP32, normalize=(MEAN, STD), backend=backend)
+    mean, std = (torch.tensor(v, device="cuda")[:, None, None] for v in (MEAN, STD))
+    with torch.inference_mode():
+        expected = model((raw.float() / 255 - mean) / std)
+        for _ in range(3):
+            alike(fast(raw), expected)
+    assert any(c.graph is not None for c in contexts(fast))
+
+
 def test_verify_and_report_speak_of_what_ran(trained):
     model, x = trained
     fast = fastres.accelerate(model, dtype=BF16)

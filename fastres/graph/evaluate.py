@@ -156,7 +156,12 @@ def last_readers(graph: Graph) -> list[tuple[int, ...]]:
 def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
     """(x / 255 - mean) / std of uint8 images [N, C, H, W]."""
     wide = torch.promote_types(dtype, torch.float32)
-    shape = (1, -1, 1, 1)
-    mean_t = torch.tensor(mean, dtype=wide, device=x.device).view(shape)
-    std_t = torch.tensor(std, dtype=wide, device=x.device).view(shape)
+    mean_t, std_t = (_per_channel(values, wide, x.device) for values in (mean, std))
     return ((x.to(wide) / 255 - mean_t) / std_t).to(dtype)
+
+
+def _per_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[1, C, 1, 1]. On a GPU it is filled: a copy from the host cannot be part of a CUDA graph."""
+    if device.type != "cuda":
+        return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)
+    return torch.cat([torch.full((1, 1, 1, 1), value, dtype=dtype, device=device) for value in values], 1)

@@ -12,6 +12,7 @@ import torchvision
 from torch import nn
 
 import fastres
+from fastres.engine import Engine
 from fastres.graph.capture import capture
 from fastres.nn import BasicBlock, Bottleneck, ResNet
 from fastres.plan import pattern as patterns
@@ -20,7 +21,7 @@ from fastres.plan.constants import Constants
 from fastres.plan.context import Context
 from fastres.plan.planner import Cost, make_plan
 from fastres.plan.specs import propagate
-from fastres.plan.steps import as_activation, on_device
+from fastres.plan.steps import CandidateFailed, as_activation, on_device
 from fastres.plan.target import detect
 from tests.graph.nets import Net, close, conv_bn, image, randomised
 
@@ -384,6 +385,20 @@ def test_a_network_whose_calls_only_python_knows_gets_no_cuda_graph():
     model[2].register_forward_hook(lambda *args: None)
     hooked = context_of(model, image(), by_backend(reference=1.0))
     assert "2 is called as it is" in hooked.graph_refused and "hooks" in hooked.graph_refused
+
+
+def test_pytorchs_own_call_that_cannot_be_captured_runs_without_a_cuda_graph():
+    model = randomised(nn.Sequential(*conv_bn(4, 6), nn.ReLU()))
+    context = context_of(model, image(), by_backend(reference=1.0), static_inputs=True)
+
+    def capture():
+        raise CandidateFailed(context.plan.segments[0], RuntimeError("not in a capture"))
+
+    context.capture = capture
+    with torch.no_grad():
+        for _ in range(3):
+            close(Engine()._run(context, (image(),)), model(image()))
+    assert "not in a capture" in context.graph_refused
 
 
 def test_contexts_of_one_network_share_their_constants():
