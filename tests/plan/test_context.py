@@ -387,7 +387,8 @@ def test_a_network_whose_calls_only_python_knows_gets_no_cuda_graph():
     assert "2 is called as it is" in hooked.graph_refused and "hooks" in hooked.graph_refused
 
 
-def test_pytorchs_own_call_that_cannot_be_captured_runs_without_a_cuda_graph():
+def test_pytorchs_own_call_that_cannot_be_captured_runs_without_a_cuda_graph(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     model = randomised(nn.Sequential(*conv_bn(4, 6), nn.ReLU()))
     context = context_of(model, image(), by_backend(reference=1.0), static_inputs=True)
 
