@@ -83,6 +83,9 @@ def unordered(ptx: str) -> list[str]:
     """
     touched, stored, found = "", False, []
     for line in ptx.splitlines():
+        # Where a partition begins or ends: other warps.
+        if "setmaxnreg" in line:
+            touched, stored = "", False
         if _BARRIER.match(line):
             touched = ""
             continue
