@@ -47,6 +47,9 @@ def accelerate(
     of the other; `model` itself still runs as it always did. In eval mode without gradients a plan of fused kernels
     runs; in eval mode with gradients, and in training, differentiable fused ops do.
 
+    On a GPU the first call with a shape compiles the plan's kernels and proves them (see `fastres.proof`), which takes
+    seconds to a minute; a second process finds both done.
+
     Args:
         model: any nn.Module; layers that are known run in fused kernels, the rest is called as it is.
         dtype: compute type of inference, one of float32, float64, bfloat16, float16. Parameters stay as they are,
@@ -205,7 +208,7 @@ class Accelerated:
         self._fastres.parts = None
 
     def warmup(self, shapes: Any) -> None:
-        """Plans, compiles and (on a GPU) captures for inputs of these shapes.
+        """Plans and compiles for inputs of these shapes; on a GPU also proves the kernels and captures.
 
         Args:
             shapes: one shape, e.g. (8, 3, 224, 224), or a list of shapes.
