@@ -85,7 +85,10 @@ class Engine:
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> Any:
         """The module's inference result for positional `inputs`. `plannable` said that it may be planned."""
         watch, facts = self.prepared.watch, self.prepared.facts
-        ahead = facts is not None and any(isinstance(x, Tensor) and x.is_cuda for x in inputs)
+        # (constants that lie where the network was before it moved fail every kernel, which would be left out for good)
+        ahead = facts is not None and any(
+            isinstance(x, Tensor) and x.is_cuda and x.device == facts.device for x in inputs
+        )
         if not ahead:
             watch, facts = self._renew(module)
         while True:

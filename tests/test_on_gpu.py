@@ -295,6 +295,7 @@ def test_a_network_that_moves_to_the_gpu_and_back_is_planned_where_it_is():
         model.cuda()
         for _ in range(3):
             alike(fast(x).cpu(), expected)
+        assert not fast._fastres.engine.dropped
         model.cpu()
         alike(fast(x.cpu()), expected)
 
