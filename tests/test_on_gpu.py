@@ -444,3 +444,17 @@ def test_the_primitives_of_training_are_right(dtype):
     assert {"add_relu", "bn_act"} <= {piece.op for piece in pieces}
     for piece in pieces:
         ops.prove_op(piece, dtype, "cuda")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_network_that_moves_between_gpus_keeps_its_kernels():
+    model = small()
+    fast, x = fastres.accelerate(model, backend="cuda"), images()
+    with torch.inference_mode():
+        for device in ("cuda:1", "cuda:0"):
+            model.to(device)
+            for _ in range(3):
+                alike(fast(x.to(device)), model(x.to(device)))
+            with pytest.raises(ValueError, match="parameters are on"):
+                fast(x.to("cuda:0" if device == "cuda:1" else "cuda:1"))
+    assert not fast._fastres.engine.dropped and torch.cuda.current_device() == 0
