@@ -75,7 +75,7 @@ class Context:
         offsets, total = layout([Life(v, size, first[v], last[v]) for v, size in sizes.items()])
         writers = [s for s in plan.segments if s.candidate is not None and not s.candidate.allocates]
         counters = [s.candidate.counters(s.problem, s.cost.config) for s in writers]
-        scratch = max((s.candidate.workspace(s.problem, s.cost.config) for s in writers), default=0)
+        scratch = max(map(_workspace, writers), default=0)
         with torch.inference_mode(False):
             self.arena = _block(total, self.device)
             self.workspace = _block(scratch, self.device) if scratch else None
@@ -90,6 +90,11 @@ class Context:
             info: Info = plan.shapes.values[value]
             piece = self.arena[offset : offset + sizes[value]].view(info.dtype)
             self.buffers[value] = piece.as_strided(info.shape, nhwc_strides(info.shape))
+
+    def _scratch(self, segment: Segment) -> Tensor | None:
+        """The part of the common workspace that the segment asked for."""
+        size = _workspace(segment)
+        return self.workspace[:size] if size else None
 
     @property
     def memory(self) -> int:
@@ -285,6 +290,10 @@ def _why_no_graph(plan: Plan) -> str:
             if isinstance(node, Opaque) and node.python:
                 return f"{node.name} is called as it is, and only Python knows what it does: {node.reason}"
     return ""
+
+
+def _workspace(segment: Segment) -> int:
+    return segment.candidate.workspace(segment.problem, segment.cost.config)
 
 
 def _padded(count: int) -> int:

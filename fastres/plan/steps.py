@@ -124,7 +124,7 @@ class Writing:
         self, segment: Segment, context: Context, index: int, reads: dict[str, int], deaths: list[int]
     ):
         self.segment, self.constants, self.reads, self.deaths = segment, context.constants, reads, deaths
-        self.counters, self.workspace = context._counter_views[id(segment)], context.workspace
+        self.counters, self.workspace = context._counter_views[id(segment)], context._scratch(segment)
         self.outputs = {role: context.buffers[value] for role, value in segment.match.outputs}
         self.writes = tuple((value, context.buffers[value]) for _, value in segment.match.outputs)
         self.dynamic = tuple(v for v in reads.values() if v not in context.buffers)

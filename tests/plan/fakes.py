@@ -110,7 +110,8 @@ class Writing(Fake):
         outputs = [buffers[role] for role in problem.outputs]
         counters, workspace = buffers.counters, buffers.workspace
         written = {t.data_ptr() for t in outputs}
-        assert workspace.data_ptr() % 256 == 0 or not workspace.numel()
+        assert workspace.data_ptr() % 256 == 0
+        assert workspace.numel() == self.workspace(problem, config), "as many bytes as were asked for"
         assert all(t.data_ptr() % 16 == 0 for t in (*inputs, *outputs))
         assert not written & {t.data_ptr() for t in inputs}
 
