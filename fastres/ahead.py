@@ -189,20 +189,23 @@ def compile_plan(plan: Plan, inputs: Sequence[Any]) -> None:
         compile_ahead([job for job in jobs if REGISTRY[job.candidate].compiles], plan.target)
 
 
-def compile_ahead(jobs: Iterable[Job], target: Target, *, worth: int = _WORTH) -> int:
+def compile_ahead(
+    jobs: Iterable[Job], target: Target, *, worth: int = _WORTH, until: float = float("inf")
+) -> int:
     """Compiles what Triton's cache lacks of `jobs`, if it is `worth` as many kernels; how many it compiled.
 
-    Raises ValueError for a FASTRES_COMPILE_JOBS that is no number, and nothing else.
+    After `until` (time.monotonic) none is begun any more. Raises ValueError for a FASTRES_COMPILE_JOBS that is no
+    number, and nothing else.
     """
     count = processes()
     try:
-        return _compile_ahead(list(jobs), target, worth, count)
+        return _compile_ahead(list(jobs), target, worth, count, until)
     except Exception as error:  # never the user's failure
         log.info("kernels are compiled as they are bound: %s: %s", type(error).__name__, error)
         return 0
 
 
-def _compile_ahead(jobs: list[Job], target: Target, worth: int, count: int) -> int:
+def _compile_ahead(jobs: list[Job], target: Target, worth: int, count: int, until: float) -> int:
     # Only NVIDIA's GPUs have a capability: the target of others is not described here.
     if not jobs or count < 2 or not target.capability or not target.triton or _compiles_anyway():
         return 0
@@ -214,7 +217,7 @@ def _compile_ahead(jobs: list[Job], target: Target, worth: int, count: int) -> i
 
     done = 0
     for job, answer in ask(
-        wanted, compile_job, (target,), jobs=min(count, len(wanted)), patience_s=_PATIENCE_S
+        wanted, compile_job, (target,), jobs=min(count, len(wanted)), patience_s=_PATIENCE_S, until=until
     ):
         done += not answer.reason
         if answer.reason:

@@ -135,6 +135,12 @@ def test_no_process_is_started_in_vain(plan, cache, monkeypatch, given, few):
     assert ahead.compile_ahead(ahead.jobs_of(plan), TARGET, worth=few) == 0
 
 
+def test_no_compilation_is_begun_when_the_time_is_over(plan, cache, monkeypatch):
+    monkeypatch.setattr(workers, "_Asked", lambda *_: pytest.fail("a process was started"))
+    monkeypatch.setenv("FASTRES_COMPILE_JOBS", "2")
+    assert ahead.compile_ahead(ahead.jobs_of(plan), TARGET, worth=1, until=0.0) == 0
+
+
 def test_nothing_is_compiled_for_an_amd_gpu_as_if_it_were_nvidias(plan, cache, monkeypatch):
     monkeypatch.setattr(workers, "ask", lambda *_, **__: pytest.fail("a process was started"))
     monkeypatch.setenv("FASTRES_COMPILE_JOBS", "2")

@@ -45,6 +45,11 @@ def test_what_is_broken_is_found_named_and_left_out(tmp_path, monkeypatch, capsy
     assert "broken: cpu.max_pool, cpu.global_avg_pool" in capsys.readouterr().out
 
 
+def test_a_triage_that_tried_nothing_is_no_success(capsys):
+    assert triage.main(["--device", "cpu", "--seconds", "0"]) == 1
+    assert "tried 0 of" in capsys.readouterr().out
+
+
 def test_every_kernel_of_a_hopper_is_tried_at_every_window_that_it_takes():
     backends.load()
     target = on_paper("sm90")

@@ -5,7 +5,8 @@
 Each is tried in a process of its own turn: wrong numbers, an illegal address or a hang cost one line. A line: kernel,
 what came of it, its error against fp64, its time, the floor of the device, and PyTorch's own call on the same layers.
 FOLDER gets triage.csv, a row as soon as it is known, and `excluded`: what FASTRES_BACKENDS leaves out the broken ones
-by. PyTorch's own calls (cudnn, onednn, reference) are shown and never left out. Exit status 1: something is broken.
+by. PyTorch's own calls (cudnn, onednn, reference) are shown and never left out. Exit status 1: something is broken, or
+nothing was tried.
 """
 
 from __future__ import annotations
@@ -200,10 +201,12 @@ class Triage:
         jobs = min(8, os.cpu_count() or 1) if self.target.kind == "cuda" else 1
         context = self.target, self.device, self.modules
         start = time.monotonic()
-        ahead.compile_ahead(self._compiled(), self.target, worth=1)
+        # What a slow machine has not compiled by then is compiled where it is checked.
+        seconds = self.until - start
+        ahead.compile_ahead(self._compiled(), self.target, worth=1, until=start + 0.35 * seconds)
         print(f"compiled in {time.monotonic() - start:.0f} s", flush=True)
         # The last part of the time is for timing.
-        until = start + 0.7 * (self.until - start)
+        until = start + 0.7 * seconds
         for piece, answer in ask(list(self.rows), check, context, jobs=jobs, patience_s=CHECK_S, until=until):
             self._told(piece, answer)
         print(f"checked by {time.monotonic() - start:.0f} s", flush=True)
@@ -271,6 +274,11 @@ class Triage:
         ]
         return [name for name in dict.fromkeys(bad) if name.partition(".")[0] not in (*OWN, "torch")]
 
+    @property
+    def tried(self) -> int:
+        """Pieces of which something is known."""
+        return sum(r.verdict != "not reached" for r in self.rows.values())
+
     def _write(self) -> None:
         if self.out is not None:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -296,6 +304,7 @@ class Triage:
             cells.append(_cell(self.own_ms(row.piece), "8.4f", 8))
             what = str(row.piece) if row.verdict in ("ok", "not reached") else f"{row.piece}: {row.reason}"
             print(f"{row.piece.kernel:26s} {row.verdict:11s} {' '.join(cells)}  {what}")
+        print(f"tried {self.tried} of {len(self.rows)}")
         if self.broken:
             print(f"broken: {', '.join(self.broken)}")
         return len(self.broken)
@@ -323,7 +332,7 @@ def main(arguments: list[str]) -> int:
         triage.run()
     finally:
         count = triage.report()
-    return min(count, 1)
+    return int(count > 0 or not triage.tried)
 
 
 if __name__ == "__main__":
