@@ -40,7 +40,8 @@ def test_what_is_broken_is_found_named_and_left_out(tmp_path, monkeypatch, capsy
             and float(rows[name]["ms"]) > 0
             and float(rows[name]["own_ms"]) > 0
         )
-    # onednn's are PyTorch's own calls: shown, not left out
+    # onednn's are PyTorch's own calls: shown and timed, not left out
+    assert float(rows["onednn.linear"]["ms"]) > 0
     assert (tmp_path / "excluded").read_text() == "-cpu.max_pool,-cpu.global_avg_pool\n"
     assert "broken: cpu.max_pool, cpu.global_avg_pool" in capsys.readouterr().out
 
