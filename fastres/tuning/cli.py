@@ -49,7 +49,7 @@ def tune(
     from fastres.plan.problem import dtype_from_name
     from fastres.plan.target import detect
     from fastres.tuning import table
-    from fastres.tuning.tune import problems_of
+    from fastres.tuning.tune import NOT_REACHED, problems_of
     from fastres.tuning.tune import tune as run
 
     backends.load()
@@ -71,7 +71,7 @@ def tune(
     flags = ("tf32",) if loose else ()
 
     def show(result: Result) -> None:
-        if result.reason:
+        if result.reason not in ("", NOT_REACHED):
             typer.echo(f"{result.candidate} on {result.problem}: {result.reason}")
 
     problems: dict[Problem, int] = {}
@@ -94,7 +94,9 @@ def tune(
     for line in summary(done, target):
         typer.echo(line)
     fit = sum(not result.reason for result in done)
-    typer.echo(f"{fit} measured, {len(done) - fit} failed; tables in {table.user_dir()}")
+    late = sum(result.reason == NOT_REACHED for result in done)
+    left = f", {late} not reached" if late else ""
+    typer.echo(f"{fit} measured, {len(done) - fit - late} failed{left}; tables in {table.user_dir()}")
     if out is not None and (table.user_dir() / target.arch).is_dir():
         shutil.copytree(table.user_dir() / target.arch, out / target.arch, dirs_exist_ok=True)
 

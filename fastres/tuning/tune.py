@@ -48,6 +48,8 @@ _AHEAD = 4
 _WRITE_S = 10.0
 # What the log of trials says of the machine.
 _LOGGED = ("gpu", "driver", "torch", "triton", "fastres", "date")
+# The reason of a result that nothing was tried for.
+NOT_REACHED = "the time was up before its turn"
 # Buffers to rotate through may take this share of the GPU's free memory.
 _MEMORY_SHARE = 0.4
 
@@ -323,7 +325,7 @@ class _Run:
                     continue
                 reason = "it has no configuration for this problem"
                 if candidate.configs(problem, self.target):
-                    reason = "the time was up before its turn"
+                    reason = NOT_REACHED
                 for answer in self.answers.get((candidate.name, problem), {}).values():
                     reason = answer.reason
                 made.append(Result(candidate.name, problem, reason=reason))

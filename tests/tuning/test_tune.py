@@ -196,6 +196,8 @@ def test_the_command_tunes_on_this_machine(tmp_path, monkeypatch):
     assert list((tmp_path / "out").rglob("onednn.*.json")) and (tmp_path / "out" / "trials.csv").is_file()
     again = CliRunner().invoke(app, arguments)
     assert "0 measured, 0 failed" in again.output
+    late = CliRunner().invoke(app, [*arguments, "--again", "--minutes", "0"])
+    assert "0 measured, 0 failed, " in late.output and "not reached" in late.output
     assert CliRunner().invoke(app, ["--candidates", "nobody"]).exit_code != 0
 
 
