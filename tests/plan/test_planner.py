@@ -367,6 +367,18 @@ def test_a_plan_for_a_device_on_paper_needs_no_such_device(arch):
     assert all(segment.candidate is not None for segment in plan.segments)
 
 
+@pytest.mark.parametrize(("dtype", "flagged"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_what_is_tuned_without_tf32_is_found_by_plans_that_may_use_it(dtype, flagged):
+    """PyTorch allows TF32 in convolutions by default, so engines on a GPU plan with this flag in every dtype."""
+    backends.load()
+    graph = capture(torchvision.models.resnet18().eval())
+    shapes = propagate(graph, (torch.empty(1, 3, 64, 64, device="meta", dtype=dtype),), dtype)
+    plain, loose = (make_plan(graph, shapes, dtype, on_paper("sm90"), flags) for flags in ((), ("tf32",)))
+    keys = [{s.problem.layer_key for s in plan.segments} for plan in (plain, loose)]
+    assert (keys[0] == keys[1]) is not flagged
+    assert all(key.endswith("tf32") is flagged for key in keys[1])
+
+
 def test_without_any_candidate_a_node_is_evaluated_as_it_is():
     def nothing(candidate, problem, target):
         raise ValueError("not today")
