@@ -226,7 +226,7 @@ class Problem:
         inputs: names of the tensors read, e.g. ("conv.x", "expand.residual"); the order in which allocating launches
             take them.
         outputs: the roles whose outputs are written, in order.
-        flags: what else changes the answer or the choice: "tf32", "deterministic".
+        flags: what else changes the answer or the choice: "tf32", of fp32.
     """
 
     pattern: str

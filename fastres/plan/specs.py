@@ -85,8 +85,9 @@ def problem_of(match: Match, shapes: Shapes, dtype: torch.dtype, flags: tuple[st
         return None
     layers = tuple((role, spec) for (role, _), spec in zip(match.nodes, specs, strict=True))
     names = tuple(name for name, _ in match.inputs)
-    # TF32 is a way to multiply fp32: what was tuned for other types is found whatever PyTorch allows.
-    flags = tuple(flag for flag in flags if flag != "tf32" or dtype == torch.float32)
+    # TF32 is a way to multiply fp32, and every kernel is deterministic: what was tuned is found whatever else PyTorch
+    # allows or forbids.
+    flags = tuple(flag for flag in flags if flag == "tf32" and dtype == torch.float32)
     return Problem(match.pattern.name, layers, dtype, names, tuple(role for role, _ in match.outputs), flags)
 
 

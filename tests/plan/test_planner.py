@@ -373,7 +373,9 @@ def test_what_is_tuned_without_tf32_is_found_by_plans_that_may_use_it(dtype, fla
     backends.load()
     graph = capture(torchvision.models.resnet18().eval())
     shapes = propagate(graph, (torch.empty(1, 3, 64, 64, device="meta", dtype=dtype),), dtype)
-    plain, loose = (make_plan(graph, shapes, dtype, on_paper("sm90"), flags) for flags in ((), ("tf32",)))
+    plain, loose = (
+        make_plan(graph, shapes, dtype, on_paper("sm90"), flags) for flags in ((), ("tf32", "deterministic"))
+    )
     keys = [{s.problem.layer_key for s in plan.segments} for plan in (plain, loose)]
     assert (keys[0] == keys[1]) is not flagged
     assert all(key.endswith("tf32") is flagged for key in keys[1])
