@@ -21,6 +21,8 @@ from fastres.plan.pattern import PATTERNS
 from fastres.plan.problem import ConvSpec, LinearSpec, PoolSpec, Problem
 from fastres.plan.target import detect
 from fastres.proof import ops, plan, record
+from fastres.tuning import tune
+from fastres.tuning.order import Trial
 
 CPU = torch.device("cpu")
 CONV = next(pattern for pattern in PATTERNS if pattern.name == "conv_bn_act")
@@ -248,6 +250,23 @@ def test_records_are_of_one_machine_and_these_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "_sources", lambda: "others")
     assert "kernel" not in record.Record.of(CPU)
     record._surroundings.cache_clear()
+
+
+def test_tuning_times_nothing_that_is_wrong(monkeypatch, tmp_path):
+    backends.load()
+    kept, tried = record.Record(tmp_path / "proofs.txt"), []
+    monkeypatch.setattr(record.Record, "of", staticmethod(lambda device: kept))
+    monkeypatch.setattr(plan, "prove", lambda job, target, device: tried.append(job))
+    mean = Problem(
+        "global_avg_pool", (("pool", PoolSpec(2, 8, 4, 4, flat=True)),), torch.float32, ("pool.x",), ("pool",)
+    )
+    trial = Trial("cpu.global_avg_pool", mean, 0)
+    for _ in range(2):
+        tune._prove(trial, detect(CPU), "cpu")
+    assert len(tried) == 1 and kept.known == {plan.key_of(tried[0]): ""}
+    kept.add(plan.key_of(tried[0]), "it was wrong on this device")
+    with pytest.raises(record.Disproved, match="wrong"):
+        tune._prove(trial, detect(CPU), "cpu")
 
 
 def test_other_layers_have_a_rounding_too():

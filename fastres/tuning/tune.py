@@ -387,12 +387,14 @@ def time_trial(trial: Trial, target: Target, device: str, budget_s: float) -> fl
 def _prove(trial: Trial, target: Target, device: str) -> None:
     """What is wrong has no time: Disproved."""
     from fastres.proof.plan import key_of, of_ours, prove
-    from fastres.proof.record import Record
+    from fastres.proof.record import Disproved, Record
 
     candidate = _loaded(trial)
     if of_ours(candidate):
         job = Job(candidate.name, trial.problem, trial.choice(target), candidate.planar(trial.problem))
         record, key = Record.of(torch.device(device)), key_of(job)
+        if fault := record.fault(key):
+            raise Disproved(fault)
         if key not in record:
             prove(job, target, device)
             record.add(key)
